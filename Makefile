@@ -1,0 +1,29 @@
+# `make test` and `make demo` set up everything they need in .venv; the rest of the repository needs no make.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: setup demo test bench lint clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable '.[dev,plot]'
+	touch $@
+
+demo: setup
+	$(RUN) mae.py --demo
+
+test: setup lint
+	$(RUN) -m pytest
+
+bench: setup
+	$(RUN) bench.py
+
+lint: setup
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,363 @@
+"""
+Masked autoencoder pre-training: hide 75% of the patches, encode the rest, predict the hidden pixels.
+https://arxiv.org/abs/2111.06377, for lightweight networks https://arxiv.org/abs/2205.14443
+
+One node:   torchrun --standalone --nproc_per_node=8 mae.py --data imagenet --out out/mae
+One GPU:    python mae.py --data imagenet --out out/mae --accum 8
+A minute:   python mae.py --demo
+Pictures:   python mae.py --visualize out/mae/last.pt --images some/folder
+Preempted:  type the same command again
+Expected:   not run yet at full size; the demo's last lines are in the README
+"""
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import training
+from augment import denormalize, normalize, random_flip, statistics
+from data import CenterCrops, RandomCrops, describe, find, keys, load
+from probe import probe
+from training import Plumbing, opt
+from vit import MODELS, Block, ViT, pair, patchify, pick, sincos_positions, unpatchify
+from weights import load_into, read, shape_of
+
+
+@dataclass
+class Config(Plumbing):
+    data: str = opt("imagenet", "folder of images (imagenet: ./imagenet or $IMAGENET), or shapes, made on the fly")
+    model: str = opt("vit_tiny", f"encoder: {', '.join(MODELS)}")
+    heads: int | None = opt(None, "attention heads of the encoder, if not the model's own")
+    img_size: tuple[int, ...] = opt((224,), "pixels: one number, or height and width")
+    patch_size: int | None = opt(None, "pixels on a patch's side, if not the model's own")
+    in_chans: int = opt(3, "image channels: 1 grey, 3 colour, 4 colour and alpha")
+    mean: tuple[float, ...] | None = opt(None, "channel means in 0..1 (default: ImageNet's; 0.5 if not 3 channels)")
+    std: tuple[float, ...] | None = opt(None, "channel deviations in 0..1 (default: ImageNet's, or 0.25)")
+    mask_ratio: float = opt(0.75, "fraction of the patches hidden from the encoder")
+    norm_pix: bool = opt(True, "predict each patch's pixels less their mean, over their deviation; else plain pixels")
+    decoder_dim: int | None = opt(None, "width of the decoder (default: the model's recipe)")
+    decoder_depth: int | None = opt(None, "blocks of the decoder (default: the model's recipe)")
+    decoder_heads: int | None = opt(None, "attention heads of the decoder (default: the model's recipe)")
+    min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image (default: the recipe)")
+    interpolation: str | None = opt(None, "resizing: bicubic, bilinear, or random: one of both (default: the recipe)")
+    batch_size: int = opt(4096, "images per optimizer step, over all processes and accumulation")
+    accum: int = opt(1, "forward-backward passes per optimizer step, each on a part of the batch")
+    epochs: float | None = opt(None, "passes over the training set (default: the recipe)")
+    warmup_epochs: float | None = opt(None, "epochs of linear warm-up (default: the recipe, at most epochs / 10)")
+    blr: float = opt(1.5e-4, "peak learning rate per 256 images of the batch")
+    lr: float | None = opt(None, "peak learning rate itself, instead of blr")
+    weight_decay: float = opt(0.05, "AdamW's weight decay; none on biases and 1-D parameters")
+    clip_grad: float | None = opt(None, "largest gradient norm (default: no clipping)")
+    init: str | None = opt(None, "checkpoint whose weights a new run starts from")
+    probe_every: int = opt(0, "epochs between k-NN and linear probes, where the data has labels and val/; 0: none")
+    picture_every: int = opt(20, "epochs between recon.png; one is always drawn at the end")
+    visualize: str | None = opt(None, "draw recon.png for this checkpoint (with a decoder) and leave")
+    images: str | None = opt(None, "folder of images to draw, with --visualize")
+
+
+# MAE-Lite's recipe for Tiny and Small, the official one for the rest. vit_mini is ours, for images of 32 to 64 pixels.
+LITE = dict(epochs=400, warmup_epochs=40, min_crop=0.08, interpolation="random")
+OFFICIAL = dict(epochs=800, warmup_epochs=40, min_crop=0.2, interpolation="bicubic",
+                decoder_dim=512, decoder_depth=8, decoder_heads=16)
+RECIPES = {
+    "vit_mini": dict(OFFICIAL, epochs=200, warmup_epochs=20, decoder_dim=96, decoder_depth=2, decoder_heads=3),
+    "vit_tiny": dict(LITE, decoder_dim=96, decoder_depth=1, decoder_heads=3),
+    "vit_small": dict(LITE, decoder_dim=192, decoder_depth=1, decoder_heads=6),
+    "vit_base": OFFICIAL, "vit_large": OFFICIAL, "vit_huge": OFFICIAL,
+}
+DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=6, batch_size=128, epochs=10,
+            warmup_epochs=1, blr=2e-3, workers=1, log_every=60, save_every=300)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The method
+
+
+class MAE(ViT):
+    """An encoder that sees a quarter of the patches and a light decoder that draws the rest (MAE, section 3).
+
+    vit: a ViT with readout "cls"; it hands over its parts, under their own names, so that the state dict is the
+    published one. norm_pix: targets are standardised patch by patch, with the unbiased variance + 1e-6 over all p*p*C
+    values.
+    """
+
+    def __init__(self, vit, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix=True, mask_ratio=0.75):
+        nn.Module.__init__(self)                                # not ViT's: the encoder is already built
+        for name, part in (*vit.named_parameters(recurse=False), *vit.named_children()):
+            setattr(self, name, part)
+        self.config, self.grid, self.patch_size = vit.config, vit.grid, vit.patch_size
+        self.resize_offset, self.readout, self.norm_pix = vit.resize_offset, vit.readout, norm_pix
+        self.patches = self.grid[0] * self.grid[1]
+        self.visible = int(self.patches * (1 - mask_ratio))     # a float product cut off: 196 at 0.9 leaves 19
+        if not 0 < self.visible < self.patches:
+            raise ValueError(f"--mask-ratio {mask_ratio} leaves {self.visible} of {self.patches} patches visible")
+
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_dim, *self.grid), requires_grad=False)
+        self.decoder_embed = nn.Linear(vit.config["dim"], decoder_dim)
+        self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, self.patch_size ** 2 * vit.config["in_chans"])
+
+        # Xavier over the stacked qkv matrix and the patch projection as a matrix, whose bias keeps torch's own start.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, img, noise=None, mask=None):
+        """Normalised images (B, C, h, w) -> the mean squared error over hidden patches, a scalar in fp32."""
+        order, visible = self.shuffle(img, noise, mask)
+        patches = patchify(img, self.patch_size)                                                # (B, N, p*p*C)
+        latent = self.encode_visible(patches, order[:, :visible])                               # (B, 1 + V, D)
+        pred = self.decode(latent, order)                                                       # (B, N - V, p*p*C)
+        return F.mse_loss(pred.float(), self.target(pick(patches, order[:, visible:])))
+
+    def shuffle(self, img, noise=None, mask=None):
+        """A permutation of the patches per image, (B, N), visible ones first, and how many are visible.
+
+        noise (B, N): visible are those with the smallest values, in that order; drawn here if not given. mask (B, N) or
+        (B, h, w), true or 1 = hidden, the same number in every image (ValueError): both parts in reading order.
+        """
+        if mask is not None:
+            mask = mask.flatten(1).to(img.device).bool()
+            counts = (~mask).sum(1)
+            if mask.shape[1] != self.patches or counts.min() != counts.max():
+                raise ValueError(f"a mask needs {self.patches} patches per image and the same number hidden in each")
+            return mask.byte().argsort(1, stable=True), int(counts[0])
+        if noise is None:
+            # fp32 also under autocast: 196 draws of bf16 noise have ties, and ties bias argsort.
+            noise = torch.rand(len(img), self.patches, device=img.device)
+        return noise.argsort(1), self.visible
+
+    def encode_visible(self, patches, keep):
+        return self.run_blocks(self.embed(pick(patches, keep), self.grid, keep))
+
+    def decode(self, latent, order, everything=False):
+        """latent (B, 1 + V, D) -> predictions for the hidden patches in the order of `order`, (B, N - V, p*p*C).
+
+        The official decoder puts the tokens back in reading order first. Attention does not care about order, only
+        positions do: leaving the hidden ones last makes them a slice, and the last block and the prediction run on that
+        slice alone. everything: predict all N patches, in the order of `order`, as pictures want.
+        """
+        x, tokens = self.decoder_embed(latent), latent.shape[1]
+        x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.patches - tokens, -1).to(x.dtype)], 1)
+        pos = self.decoder_pos_embed
+        x = x + torch.cat([pos[:, :1].expand(len(x), -1, -1), pick(pos[:, 1:], order)], 1)      # (B, 1 + N, E)
+        for block in self.decoder_blocks[:-1]:
+            x = block(x)
+        x = self.decoder_blocks[-1](x, first=1 if everything else tokens)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def target(self, patches):
+        """(B, n, p*p*C) pixels -> what the decoder should say."""
+        if not self.norm_pix:
+            return patches
+        # (t - mean) / sqrt(var + 1e-6) with the unbiased variance is a layer norm up to a constant: one pass over the
+        # pixels.
+        n = patches.shape[-1]
+        shrink = (n - 1) / n
+        return F.layer_norm(patches, (n,), eps=1e-6 * shrink) * shrink ** 0.5
+
+    @torch.no_grad()
+    def reconstruct(self, img, noise=None, mask=None):
+        """Every intermediate, in reading order and on all patches: dict of loss, latent (B, 1 + V, D), pred (B, N,
+        p*p*C), mask (B, N; 1 = hidden) and ids_restore (B, N), the inverse of the shuffle."""
+        order, visible = self.shuffle(img, noise, mask)
+        patches = patchify(img, self.patch_size)
+        latent = self.encode_visible(patches, order[:, :visible])
+        restore = order.argsort(1)
+        pred = pick(self.decode(latent, order, everything=True).float(), restore)
+        hidden = (restore >= visible).float()
+        loss = ((pred - self.target(patches)).square().mean(-1) * hidden).sum() / hidden.sum()
+        return dict(loss=loss, latent=latent, pred=pred, mask=hidden, ids_restore=restore)
+
+    def encoder_state(self):
+        """What downstream scripts read: the encoder under its published names, without decoder and mask token."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(("decoder_", "mask_token"))}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw(model, img, mean, std, folder):
+    """Save recon.png, a row per image: original, masked, prediction, and prediction pasted among the visible patches.
+
+    Standardised predictions are drawn with the mean and deviation of the true patch, which borrows both from what was
+    hidden: the sheet says so. Visible patches carry no loss, so their predictions may look worse than the hidden ones'.
+    """
+    noise = torch.rand(len(img), model.patches, generator=torch.Generator().manual_seed(0)).to(img.device)
+    found, patches = model.reconstruct(img, noise), patchify(img, model.patch_size)
+    pred, hidden = found["pred"], found["mask"].unsqueeze(-1)
+    if model.norm_pix:
+        var, mu = torch.var_mean(patches, -1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mu
+    masked = patches * (1 - hidden)                             # a normalised 0 is the mean colour
+    zoom = max(1, round(112 / max(img.shape[-2:])))
+    columns = []
+    for tokens in (patches, masked, pred, masked + pred * hidden):
+        column = denormalize(unpatchify(tokens, model.patch_size, *img.shape[-2:]), mean, std).cpu()
+        column = column[:, :3] if column.shape[1] > 2 else column[:, :1].expand(-1, 3, -1, -1)
+        columns.append(F.pad(repeat(column, "b c h w -> b c (h y) (w x)", y=zoom, x=zoom), (4, 4, 4, 4), value=255))
+    sheet = Image.fromarray(rearrange(columns, "k b c h w -> (b h) (k w) c").numpy())
+    page = Image.new("RGB", (sheet.width, sheet.height + 36), "white")
+    page.paste(sheet, (0, 18))
+    pen = ImageDraw.Draw(page)
+    for k, title in enumerate(("original", "masked", "prediction", "pasted")):
+        pen.text((k * sheet.width // 4 + 6, 3), title, fill="black")
+    note = "predictions borrow the hidden patches' mean and deviation" if model.norm_pix else "predictions are pixels"
+    pen.text((6, page.height - 15), note, fill="black")
+    path = os.path.join(folder, "recon.png")
+    page.save(path + ".tmp", format="PNG")
+    os.replace(path + ".tmp", path)
+    return path
+
+
+def sample(source, cfg, count=8):
+    """Evaluation crops of `count` images spread over a source, uint8 (count, C, h, w)."""
+    crops = CenterCrops(source, pair(cfg.img_size), cfg.in_chans)
+    return torch.stack([crops[i][0] for i in range(0, len(source), max(1, len(source) // count))][:count])
+
+
+def visualize(cfg, given):
+    """--visualize CHECKPOINT --images DIR: the sheet for any MAE checkpoint with a decoder, official ones included."""
+    file = read(cfg.visualize)
+    if "decoder_pred.weight" not in file.state:
+        training.die(f"{cfg.visualize} has no decoder to draw with: use last.pt, or an official mae_visualize file")
+    width, shape = len(file.state["decoder_embed.weight"]), shape_of(file, cfg.heads if "heads" in given else None)
+    told = {**file.config, **{k: getattr(cfg, k) for k in given}}
+    norm_pix = told.get("norm_pix", told.get("norm_pix_loss"))
+    heads = told.get("decoder_heads") or {96: 3, 192: 6, 512: 16}.get(width)
+    if not heads:
+        training.die(f"{cfg.visualize} does not say how many heads its decoder has: give --decoder-heads")
+    if norm_pix is None:
+        print("the file does not store what it predicts: drawn as standardised patches; official mae_visualize files "
+              "want --no-norm-pix")
+    cfg = replace(cfg, img_size=told["img_size"] if "img_size" in given else shape["img_size"],
+                  in_chans=shape["in_chans"], norm_pix=norm_pix is not False, decoder_dim=width, decoder_heads=heads,
+                  decoder_depth=len({k.split(".")[1] for k in file.state if k.startswith("decoder_blocks.")}))
+    model = build(cfg, dict(shape, img_size=cfg.img_size))
+    load_into(model, file)
+    mean, std = statistics(cfg.in_chans, told.get("mean"), told.get("std"))
+    os.makedirs(cfg.out, exist_ok=True)
+    images = find(cfg.images or cfg.data, "val") or find(cfg.images or cfg.data)
+    print(f"drew {draw(model, normalize(sample(images, cfg), mean, std), mean, std, cfg.out)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def resolve(cfg, given):
+    """Fill what the command line left open: from the demo, if it is one, then from the model's recipe."""
+    demo = DEMO if cfg.demo else {}
+    cfg = training.fill(cfg, given, demo)
+    if cfg.model not in MODELS:
+        training.die(f"--model {cfg.model} is not one of {', '.join(MODELS)}")
+    recipe = {**{k: MODELS[cfg.model][k] for k in ("heads", "patch_size")}, **RECIPES[cfg.model],
+              "out": "out/mae-demo" if cfg.demo else "out/mae"}
+    cfg = training.fill(cfg, given | set(demo), recipe)
+    if "warmup_epochs" not in given | set(demo):                # a run shorter than the recipe warms up for less
+        cfg = replace(cfg, warmup_epochs=min(recipe["warmup_epochs"], cfg.epochs / 10))
+    return cfg
+
+
+def build(cfg, shape):
+    with training.in_words():
+        return MAE(ViT(**shape), cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, cfg.norm_pix, cfg.mask_ratio)
+
+
+def main(argv=None):
+    cfg, given = training.parse(Config, __doc__, argv)
+    cfg = resolve(cfg, given)
+    if cfg.visualize:
+        return visualize(cfg, given)
+    rank, world, device = training.setup(cfg.device)
+    dtype, say = training.precision(cfg.dtype, device), print if rank == 0 else str
+    with training.in_words():
+        mean, std = statistics(cfg.in_chans, cfg.mean, cfg.std)
+    train, val = find(cfg.data), find(cfg.data, "val")
+    probing = cfg.probe_every or cfg.demo
+    if probing and (val is None or val.labels is None or train.labels is None):
+        training.die("--probe-every needs classes in train/ and in val/")
+    size, steps, peak = pair(cfg.img_size), *training.plan(cfg, len(train), world)
+
+    torch.manual_seed(cfg.seed)                                 # on every rank: all start from the same weights
+    shape = dict(MODELS[cfg.model], img_size=size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, heads=cfg.heads)
+    model = build(cfg, shape).to(device)
+    optimizer = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = training.Run(cfg, "mae", rank, world, len(train), model=model, optimizer=optimizer, scaler=scaler)
+    if cfg.init and not run.step:
+        load_into(model, read(cfg.init), say)
+    if cfg.compile or cfg.compile is None and device.type == "cuda":
+        model.compile()                                         # in place: the state dict keeps its published names
+    net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+    log = training.Log(cfg, rank, device, run.step, steps, images=len(train), world=world, dtype=str(dtype))
+    health = training.Health(cfg, device, world, log)
+    say(f"{describe(train)}\n{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters with "
+        f"decoder, {model.visible} of {model.patches} patches visible, {dtype} on {device}\n"
+        f"steps {run.step} to {steps.total}, {steps.warmup} of warm-up, {steps.per_epoch} per epoch; batch "
+        f"{cfg.batch_size} = {world} processes x {cfg.accum} passes x {cfg.batch_size // world // cfg.accum} images; "
+        f"peak learning rate {peak:.3g}")
+
+    def measure(step):
+        found = probe(lambda img: model.encode(img)[:, 1:].mean(1), train, val, size, cfg.in_chans, mean, std, device,
+                      workers=cfg.workers)
+        say(f"frozen features after step {step}: k-NN {found['knn']:.1f}%, linear {found['linear']:.1f}%")
+        if rank == 0:
+            log.note(step=step, **found)
+
+    if probing and not run.step:
+        measure(0)
+    crops = RandomCrops(train, size, cfg.in_chans, cfg.seed, (cfg.min_crop, 1.0), cfg.interpolation)
+    order = keys(len(train), cfg.batch_size, cfg.accum, world, rank, cfg.seed, run.step, steps.total)
+    batches = log.waiting(load(crops, order, cfg.workers, pin=device.type == "cuda"))
+    for step in range(run.step, steps.total):
+        training.seed_for(cfg.seed, step, rank)
+        lr = training.warmup_cosine(step, steps.total, steps.warmup, peak)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total, unreadable = 0.0, []
+        for micro in range(cfg.accum):
+            img, _, failed = next(batches)
+            img = normalize(random_flip(img.to(device, non_blocking=True)), mean, std)          # (b, C, h, w)
+            noise = torch.rand(len(img), model.patches, device=device)                          # (b, N)
+            with training.sync_if(micro + 1 == cfg.accum, net), training.autocast(device, dtype):
+                loss = net(img, noise) / cfg.accum
+            scaler.scale(loss).backward()
+            total, unreadable = total + loss.detach(), unreadable + failed
+        grad_norm, skipped = training.finite_step(optimizer, scaler, cfg.clip_grad)
+        done, last = step + 1, step + 1 == steps.total
+        why = health(skipped, unreadable, cfg.batch_size // world)
+
+        if done % cfg.log_every == 0 or last or why:
+            chance = model.target(patchify(img, model.patch_size)).square().mean()              # of predicting 0
+            log(done, loss=training.mean_over_ranks(total), chance=chance, lr=lr, grad_norm=grad_norm,
+                skipped=health.skipped)
+        if why != "non-finite" and (why or last or done % cfg.save_every == 0 or steps.due(done, cfg.keep_every)):
+            encoder = dict(method="mae", config=dict(model.config, mean=mean, std=std), model=model.encoder_state())
+            run.save(done, encoder, keep=steps.due(done, cfg.keep_every), must=why or last)
+        if why:
+            health.leave(why, run, done, model, total, img)
+        optimizer.zero_grad()
+        if rank == 0 and (last or steps.due(done, cfg.picture_every)):
+            draw(model, normalize(sample(val or train, cfg).to(device), mean, std), mean, std, cfg.out)
+        if steps.due(done, cfg.probe_every) or probing and last:
+            measure(done)
+    if rank == 0:
+        training.draw_curve(cfg.out)
+        print(f"done: {cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl, recon.png")
+
+
+if __name__ == "__main__":
+    training.launch(main)

@@ -1,0 +1,57 @@
+"""Plain forms of the methods, for comparison only: tests check our numbers against them, bench.py our speed."""
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import nn
+
+
+class TextbookMAE(nn.Module):
+    """MAE from timm's blocks in the order of the paper's text: embed all patches, drop the hidden ones, decode all
+    positions, predict all of them, average the error over the hidden ones. Names are the published ones."""
+
+    def __init__(self, img_size=224, patch_size=16, dim=192, depth=12, heads=12, decoder_dim=96, decoder_depth=1,
+                 decoder_heads=3, norm_pix=True):
+        super().__init__()
+        from timm.layers import PatchEmbed
+        from timm.models.vision_transformer import Block
+        block = dict(mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.patch_size, self.norm_pix = patch_size, norm_pix
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, dim)
+        patches = self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, dim), requires_grad=False)
+        self.blocks = nn.ModuleList([Block(dim, heads, **block) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, decoder_dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads, **block) for _ in range(decoder_depth)])
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, patch_size ** 2 * 3)
+
+    def forward(self, img, noise, mask_ratio=0.75):
+        B, N = noise.shape
+        keep = int(N * (1 - mask_ratio))
+        shuffle = noise.argsort(1)
+        restore = shuffle.argsort(1)
+
+        x = self.patch_embed(img) + self.pos_embed[:, 1:]                                       # (B, N, D)
+        x = x.gather(1, shuffle[:, :keep, None].expand(-1, -1, x.shape[-1]))                    # (B, keep, D)
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_embed(self.norm(x))                                                    # (B, 1 + keep, E)
+
+        full = torch.cat([x[:, 1:], self.mask_token.expand(B, N - keep, -1)], 1)
+        full = full.gather(1, restore[..., None].expand(-1, -1, full.shape[-1]))                # (B, N, E)
+        x = torch.cat([x[:, :1], full], 1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]                                   # (B, N, p * p * 3)
+
+        target = rearrange(img, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size)
+        if self.norm_pix:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        mask = (restore >= keep).float()                                                        # 1 = hidden
+        return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum(), pred, mask

@@ -1,0 +1,275 @@
+"""
+The networks. A vision transformer cuts an image into patches, turns each into a token, adds where it was, and lets the
+tokens look at each other a dozen times. https://arxiv.org/abs/2010.11929
+
+Everything a method asks of its backbone is here and nothing else: no training, no data. Parameter names are the
+published ones (timm, DeiT, MAE), so official weights load as they are; weights.py reads the files.
+
+Letters at the ends of lines: B images, C channels, N tokens, D width, H heads, p patch side, h x w the patch grid.
+"""
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+# Tiny and Small have 12 heads, as in MAE-Lite: DeiT's 3 and DINO's 6 have tensors of the very same shapes, so a wrong
+# head count loads without a murmur and only the accuracy tells.
+MODELS = {
+    "vit_tiny": dict(dim=192, depth=12, heads=12, patch_size=16),
+    "vit_small": dict(dim=384, depth=12, heads=12, patch_size=16),
+    "vit_base": dict(dim=768, depth=12, heads=12, patch_size=16),
+    "vit_large": dict(dim=1024, depth=24, heads=16, patch_size=16),
+    "vit_mini": dict(dim=192, depth=6, heads=6, patch_size=4),              # ours, for images of 32 to 64 pixels
+    "vit_huge": dict(dim=1280, depth=32, heads=16, patch_size=14),
+}
+
+
+def pair(size):
+    """224 or (224,) -> (224, 224); (96, 160) stays: height and width."""
+    size = tuple(size) if isinstance(size, (tuple, list)) else (size,)
+    if len(size) > 2:
+        raise ValueError(f"a size is one number or height and width, not {size}")
+    return size if len(size) == 2 else size * 2
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def sincos_positions(dim, height, width, order="xy"):
+    """Fixed 2-D sine-cosine table, (1, 1 + height * width, dim); the cls row is zero (MAE and MoCo-v3).
+
+    A quarter of the channels each: sin and cos of one axis, sin and cos of the other, at frequencies
+    10000^(-k / (dim / 4)). order: "xy" puts the column first (MAE), "yx" the row first (MoCo-v3). Weights of one read
+    with the table of the other see a transposed image. Raises ValueError when dim is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}")
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+    axes = {"xy": (x, y), "yx": (y, x)}[order]
+    table = torch.cat([f(axis.flatten()[:, None] * omega) for axis in axes for f in (torch.sin, torch.cos)], 1)
+    return torch.cat([torch.zeros(1, dim), table.float()])[None]        # float64 up to here, as published
+
+
+def resize_positions(pos, old, new, offset=0.0):
+    """Bicubic resize of a position table (1, 1 + h * w, D) from the patch grid `old` to `new`; the cls row stays.
+
+    offset: 0 resizes to the target size (MAE). DINO passes scale factors (target + 0.1) / source instead, which shifts
+    the sampling points a little: 0.1 here reproduces its features. The same grid returns the same tensor.
+    """
+    if tuple(old) == tuple(new):
+        return pos
+    grid = rearrange(pos[:, 1:].float(), "1 (h w) d -> 1 d h w", h=old[0], w=old[1])
+    size = dict(scale_factor=tuple((n + offset) / o for n, o in zip(new, old))) if offset else dict(size=tuple(new))
+    grid = F.interpolate(grid, mode="bicubic", align_corners=False, **size)
+    return torch.cat([pos[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d").to(pos.dtype)], 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def patchify(img, p):
+    """(B, C, h*p, w*p) -> (B, h*w, p*p*C): patches in reading order; in one, rows, then columns, then channels."""
+    return rearrange(img, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+
+def unpatchify(patches, p, height, width):
+    """The inverse of patchify: (B, h*w, p*p*C) -> (B, C, height, width)."""
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=height // p, w=width // p)
+
+
+def pick(tokens, index):
+    """tokens (B, N, D) or one table for all (1, N, D), index (B, K) of token numbers -> (B, K, D)."""
+    if tokens.shape[0] == 1:
+        return F.embedding(index, tokens[0])
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of each patch: a convolution by name and shape of its weight, applied as the product it is."""
+
+    def __init__(self, patch_size, in_chans, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+
+    def forward(self, patches):
+        """patches (B, N, p*p*C) as patchify gives them, all or any of them -> (B, N, D)."""
+        return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention ("Attention is all you need", 3.2.2); one linear layer makes q, k and v, in that
+    order."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide the width {dim}")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, first=0, with_logits=False):
+        """x (B, N, D) -> (B, N - first, D): only tokens from number `first` on ask; all are asked.
+
+        with_logits: also return q k^T / sqrt(D / H) before the softmax, (B, H, N - first, N). The fused kernel keeps no
+        logits, so they are formed by hand then; the output is the same to rounding.
+        """
+        if first:
+            D = x.shape[-1]
+            q = F.linear(x[:, first:], self.qkv.weight[:D], self.qkv.bias[:D])
+            k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, -1)
+        else:
+            q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
+        if not with_logits:
+            out = F.scaled_dot_product_attention(q, k, v)
+            return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        logits = self.scaled_logits(q, k)
+        out = logits.softmax(-1) @ v
+        return self.proj(rearrange(out, "b h n d -> b n (h d)")), logits
+
+    @staticmethod
+    def scaled_logits(q, k):
+        # q is scaled before the product, not after: in fp16 an unscaled sum of 64 products overflows.
+        return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+
+    def logits(self, x):
+        """Just the scaled logits, (B, H, N, N): where a frozen teacher can stop; its values are never formed."""
+        q, k = F.linear(x, *(t[:2 * x.shape[-1]] for t in (self.qkv.weight, self.qkv.bias))).chunk(2, -1)
+        return self.scaled_logits(*(rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k)))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, ratio):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.fc2 = nn.Linear(int(dim * ratio), dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))                     # the exact erf GELU; the tanh form differs by 1e-3
+
+
+def drop_path(x, rate, noise=None):
+    """Stochastic depth: drop a sample's whole branch with probability `rate`, scale the survivors (arXiv:1603.09382).
+
+    x (B, ...). noise (B, 1, ...), uniform in [0, 1), decides if given: the sample survives where noise >= rate.
+    """
+    if noise is None:
+        noise = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device)
+    return x * (noise >= rate).to(x.dtype) / (1 - rate)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then + mlp(norm(.))."""
+
+    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0, eps=1e-6):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, mlp_ratio)
+
+    def forward(self, x, first=0, with_logits=False):
+        """x (B, N, D) -> (B, N - first, D); with_logits also returns the attention's (B, H, N - first, N)."""
+        out = self.attn(self.norm1(x), first, with_logits)
+        out, logits = out if with_logits else (out, None)
+        x = self.add(x[:, first:] if first else x, out)
+        x = self.add(x, self.mlp(self.norm2(x)))
+        return (x, logits) if with_logits else x
+
+    def add(self, x, branch):
+        return x + (drop_path(branch, self.drop_path) if self.training and self.drop_path else branch)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# ViT
+
+
+class ViT(nn.Module):
+    """Vision transformer: image -> tokens -> one feature vector -> logits.
+
+    img_size      one number or (height, width) in pixels; patch_size must divide both (ValueError)
+    positions     "sincos": fixed, MAE's axis order; "sincos_yx": fixed, MoCo-v3's; "learned": trained
+    readout       "cls": the cls token after `norm`; "avg": the mean of the patch tokens, cls left out, after `fc_norm`
+    num_classes   0: forward gives the (B, D) feature; else (B, num_classes) logits
+    drop_path     rate at the last block; rises linearly from 0 at the first
+    resize_offset how a table grows to another image size: 0 as MAE, 0.1 as DINO (see resize_positions)
+    Weights start as timm's do (normal 0.02, zero biases); a method that starts otherwise says so in its own file.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=192, depth=12, heads=12, mlp_ratio=4.0,
+                 num_classes=0, positions="sincos", readout="cls", drop_path=0.0, eps=1e-6, resize_offset=0.0):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}     # encoder.pt has it
+        self.config["img_size"] = pair(img_size)
+        self.patch_size, self.resize_offset, self.readout = patch_size, resize_offset, readout
+        self.grid = self.grid_of(*pair(img_size))                                               # (h, w)
+        h, w = self.grid
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + h * w, dim))
+        else:
+            table = sincos_positions(dim, h, w, {"sincos": "xy", "sincos_yx": "yx"}[positions])
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, rate, eps) for rate in rates])
+        norm = nn.LayerNorm(dim, eps=eps)
+        self.norm, self.fc_norm = (norm, nn.Identity()) if readout == "cls" else (nn.Identity(), norm)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.apply(self.init_weights)
+        for token in (self.cls_token, *([self.pos_embed] if positions == "learned" else [])):
+            nn.init.trunc_normal_(token, std=0.02)
+
+    @staticmethod
+    def init_weights(module):
+        if isinstance(module, nn.Linear):                       # the patch convolution keeps torch's start, as in timm
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def grid_of(self, height, width):
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"patches of {self.patch_size} do not tile a {height}x{width} image")
+        return height // self.patch_size, width // self.patch_size
+
+    def embed(self, patches, grid, keep=None):
+        """patches (B, N, p*p*C), or those numbered keep (B, K) of them -> tokens with positions, cls first, (B, 1 + N,
+        D)."""
+        pos = resize_positions(self.pos_embed, self.grid, grid, self.resize_offset)
+        x = self.patch_embed(patches)
+        x = x + (pos[:, 1:] if keep is None else pick(pos[:, 1:], keep))
+        return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+
+    def encode(self, img, keep=None, logits_of=()):
+        """img (B, C, height, width) of any size that the patch tiles -> normed tokens, (B, 1 + N, D).
+
+        keep: (B, K) patch numbers; only these are embedded and encoded, in the order given -> (B, 1 + K, D).
+        logits_of: block numbers from 1; also returns their scaled pre-softmax attention logits, each (B, H, N, N).
+        """
+        patches = patchify(img, self.patch_size)
+        x = self.embed(patches if keep is None else pick(patches, keep), self.grid_of(*img.shape[-2:]), keep)
+        return self.run_blocks(x, logits_of)
+
+    def run_blocks(self, x, logits_of=()):
+        logits = []
+        for number, block in enumerate(self.blocks, 1):
+            if number in logits_of:
+                x, found = block(x, with_logits=True)
+                logits.append(found)
+            else:
+                x = block(x)
+        x = self.norm(x)
+        return (x, logits) if logits_of else x
+
+    def features(self, img):
+        """(B, C, height, width) -> (B, D), by the readout."""
+        x = self.encode(img)
+        return x[:, 0] if self.readout == "cls" else self.fc_norm(x[:, 1:].mean(1))
+
+    def forward(self, img):
+        return self.head(self.features(img))

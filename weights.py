@@ -1,0 +1,172 @@
+"""
+Public checkpoints in, safely. Every layout in use is a state dict under some key, behind some prefixes; the networks
+here have the published names, so reading is: find the dict, strip the prefixes, resize the positions, say what matched.
+
+python weights.py FILE     says what a file is
+"""
+import argparse
+import json
+import os
+import re
+import struct
+import sys
+from collections import namedtuple
+
+import numpy as np
+import torch
+
+from vit import ViT, pair, resize_positions
+
+# state: tensors by published names; config: what the file stores of its options, maybe nothing; layout: where it was
+Weights = namedtuple("Weights", "state config layout path")
+
+# Official files hold an argparse.Namespace and NumPy scalars, both plain data. What needs other code is refused.
+SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(c)) for c in "?bBhHiIlLqQefd"),
+        np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+
+# Heads leave no trace in tensor shapes. These widths have one published answer; 192 and 384 have two.
+HEADS = {768: 12, 1024: 16, 1280: 16}
+
+
+def refuse(path, why):
+    raise SystemExit(f"{path} {why}") from None
+
+
+def load_file(path):
+    """Any .pt, .pth, .tar or .safetensors file as plain data. If absent, damaged or holding code: a sentence."""
+    if not os.path.exists(path):
+        refuse(path, "does not exist: a checkpoint was expected")
+    try:
+        if path.endswith(".safetensors"):
+            return read_safetensors(path)
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                  # damage shows as zip, pickle, EOF or unicode errors
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            refuse(path, f"is refused, because loading it would run code ({code[1]}): re-save it as plain tensors")
+        refuse(path, f"cannot be read: it is damaged or no checkpoint ({type(error).__name__})")
+
+
+def read_safetensors(path):
+    kinds = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64", I32="int32", U8="uint8")
+    with open(path, "rb") as f:
+        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+        body = torch.frombuffer(bytearray(f.read()), dtype=torch.uint8)
+    header.pop("__metadata__", None)
+    return {name: body[slice(*t["data_offsets"])].clone().view(getattr(torch, kinds[t["dtype"]])).view(t["shape"])
+            for name, t in header.items()}
+
+
+def read(path, key=None):
+    """Read any known layout -> Weights.
+
+    key chooses where a file holds several networks: DINO's "student" or "teacher" (default), MoCo-v3's "base_encoder"
+    (default) or "momentum_encoder", timm's "state_dict_ema". FILE:KEY as path means the same.
+    """
+    if not os.path.exists(path) and ":" in path:
+        path, key = path.rsplit(":", 1)
+    file = load_file(path)
+    if not isinstance(file, dict):
+        refuse(path, f"is no checkpoint: it holds a {type(file).__name__}")
+    config = file.get("config") or file.get("args") or {}
+    config = vars(config) if isinstance(config, argparse.Namespace) else config
+    config = {**(config if isinstance(config, dict) else {}), "method": file.get("method")}
+    where = [name for name in (key, "model", "state_dict", "teacher", "student") if name in file]
+    state = file[where[0]] if where else file
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not state:
+        refuse(path, f"holds no weights: its keys are {', '.join(map(str, list(file)[:8]))}")
+    layout = [f"under {where[0]!r}" if where else "a bare state dict"]
+    if "module.momentum_encoder.cls_token" in state and key == "momentum_encoder":
+        inner = ["momentum_encoder."]
+    else:
+        inner = ["base_encoder.", "backbone.", "model.", "encoder."]
+    # Only whole prefixes count: "model." inside a name would also hit MAE-Lite's teacher, "tch_model.".
+    for prefix in ("module.", "_orig_mod.", *inner):
+        if all(k.startswith(prefix) for k in state) or prefix + "patch_embed.proj.weight" in state:
+            state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+            layout.append(f"behind {prefix!r}")
+    if "dist_token" in state:
+        refuse(path, "has a distillation token: DeiT's distilled networks are not supported, use the plain DeiT file")
+    if "patch_embed.proj.weight" not in state:
+        refuse(path, f"is no network known here: no patch_embed.proj.weight, but {', '.join(list(state)[:3])}, ...")
+    return Weights(state, config, ", ".join(layout), path)
+
+
+def shape_of(weights, heads=None):
+    """The ViT options of a file: dim, depth, heads, patch_size, in_chans, img_size. heads, if given, wins over stored
+    ones. Ends in a sentence when nothing tells the heads or the grid."""
+    state, config = weights.state, weights.config
+    dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+    heads = heads or config.get("heads") or HEADS.get(dim)
+    if not heads:
+        known = {192: "; MAE-Lite's have 12, DeiT's 3", 384: "; MAE-Lite's and MoCo-v3's have 12, DeiT's 6"}
+        refuse(weights.path, f"is {dim} wide and does not say how many heads it has, and its tensors look the same for "
+                             f"any number: give --heads{known.get(dim, '')}")
+    return dict(dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)),
+                heads=heads, patch_size=patch, in_chans=in_chans,
+                img_size=[side * patch for side in grid_of(weights, state["pos_embed"])])
+
+
+def grid_of(weights, table):
+    """The patch grid (h, w) of a position table: that of the stored image size if it fits, else a square."""
+    patch, count = weights.state["patch_embed.proj.weight"].shape[-1], table.shape[1] - 1
+    if isinstance(weights.config.get("img_size"), (tuple, list)):
+        h, w = (side // patch for side in pair(weights.config["img_size"]))
+        if h * w == count:
+            return h, w
+    side = round(count ** 0.5)
+    if side * side != count:
+        refuse(weights.path, f"has positions for {count} patches, which is no square, and stores no image size")
+    return side, side
+
+
+def load_into(model, weights, say=print):
+    """Copy weights into a model, positions resized to its grid; says what matched, what is missing (and keeps its
+    fresh start) and what was not expected. Ends in a sentence when a shape or the stored heads differ, or a tensor of
+    the encoder is missing: only heads, decoders and the readout's fc_norm may be fresh. Returns the missing."""
+    state, want, path = dict(weights.state), model.state_dict(), weights.path
+    stored, heads = weights.config.get("heads"), model.config["heads"]
+    if stored and stored != heads:
+        refuse(path, f"was trained with {stored} heads and the network here has {heads}: its tensors would fit and "
+                     f"mean something else; use --heads {stored}")
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in state and name in want and state[name].shape[-1] == want[name].shape[-1]:
+            state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
+    # A head of another shape is another task's, or a projector, which MoCo-v3 calls head: not wanted here.
+    wrong = [k for k in want if k in state and state[k].shape != want[k].shape and not k.startswith("head.")]
+    if wrong:
+        refuse(path, f"does not fit: {wrong[0]} is {tuple(state[wrong[0]].shape)} in the file and "
+                     f"{tuple(want[wrong[0]].shape)} in the network ({len(wrong)} of {len(want)} tensors differ)")
+    matched = {k: v for k, v in state.items() if k in want and v.shape == want[k].shape}
+    missing = [k for k in want if k not in matched]
+    say(f"{path}: {len(matched)} tensors matched; missing, so fresh: {', '.join(missing) or 'none'}; "
+        f"not expected: {summary(k for k in state if k not in matched)}")
+    lost = [k for k in missing if not k.startswith(("head.", "fc_norm.", "decoder_", "mask_token"))]
+    if lost:
+        refuse(path, f"lacks {len(lost)} tensors of the encoder ({', '.join(lost[:3])}, ...): it is another network")
+    model.load_state_dict({**want, **matched})
+    return missing
+
+
+def summary(names):
+    """decoder_blocks.0.norm1.weight, ... -> decoder_blocks (12), ..."""
+    stems = [name.split(".")[0] for name in names]
+    return ", ".join(f"{stem} ({stems.count(stem)})" for stem in dict.fromkeys(stems)) or "none"
+
+
+def build_vit(path, heads=None, say=print, **options):
+    """A ViT of the file's own shape, with its weights, in eval mode. options of ViT (readout, num_classes, ...) win."""
+    weights = read(path)
+    model = ViT(**{**shape_of(weights, heads), "positions": "learned", **options})
+    load_into(model, weights, say)
+    return model.eval()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__.strip().splitlines()[-1])
+    found = read(sys.argv[1])
+    print(f"{found.path}: {found.layout}; method {found.config['method'] or 'not stored'}; "
+          f"heads {found.config.get('heads') or 'not stored'}; {summary(found.state)}")
