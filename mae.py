@@ -119,7 +119,7 @@ class MAE(ViT):
         patches = patchify(img, self.patch_size)                                                # (B, N, p*p*C)
         latent = self.encode_visible(patches, order[:, :visible])                               # (B, 1 + V, D)
         pred = self.decode(latent, order)                                                       # (B, N - V, p*p*C)
-        return F.mse_loss(pred.float(), self.target(pick(patches, order[:, visible:])))
+        return F.mse_loss(pred, self.target(pick(patches, order[:, visible:])))                 # autocast: in fp32
 
     def shuffle(self, img, noise=None, mask=None):
         """A permutation of the patches per image, (B, N), visible ones first, and how many are visible.
@@ -132,7 +132,7 @@ class MAE(ViT):
             counts = (~mask).sum(1)
             if mask.shape[1] != self.patches or counts.min() != counts.max():
                 raise ValueError(f"a mask needs {self.patches} patches per image and the same number hidden in each")
-            return mask.byte().argsort(1, stable=True), int(counts[0])
+            return mask.byte().argsort(dim=1, stable=True), int(counts[0])
         if noise is None:
             # fp32 also under autocast: 196 draws of bf16 noise have ties, and ties bias argsort.
             noise = torch.rand(len(img), self.patches, device=img.device)
@@ -175,7 +175,7 @@ class MAE(ViT):
         patches = patchify(img, self.patch_size)
         latent = self.encode_visible(patches, order[:, :visible])
         restore = order.argsort(1)
-        pred = pick(self.decode(latent, order, everything=True).float(), restore)
+        pred = pick(self.decode(latent, order, everything=True), restore).to(img.dtype)
         hidden = (restore >= visible).float()
         loss = ((pred - self.target(patches)).square().mean(-1) * hidden).sum() / hidden.sum()
         return dict(loss=loss, latent=latent, pred=pred, mask=hidden, ids_restore=restore)

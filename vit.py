@@ -233,6 +233,7 @@ class ViT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def grid_of(self, height, width):
+        """Patches down and across. Raises ValueError when they do not tile the image."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"patches of {self.patch_size} do not tile a {height}x{width} image")
         return height // self.patch_size, width // self.patch_size
@@ -251,8 +252,8 @@ class ViT(nn.Module):
         keep: (B, K) patch numbers; only these are embedded and encoded, in the order given -> (B, 1 + K, D).
         logits_of: block numbers from 1; also returns their scaled pre-softmax attention logits, each (B, H, N, N).
         """
-        patches = patchify(img, self.patch_size)
-        x = self.embed(patches if keep is None else pick(patches, keep), self.grid_of(*img.shape[-2:]), keep)
+        grid, patches = self.grid_of(*img.shape[-2:]), patchify(img, self.patch_size)
+        x = self.embed(patches if keep is None else pick(patches, keep), grid, keep)
         return self.run_blocks(x, logits_of)
 
     def run_blocks(self, x, logits_of=()):
