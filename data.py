@@ -296,8 +296,10 @@ def quiet_worker(_):
 
 def load(dataset, batches, workers, pin):
     """Batches of a dataset by lists of keys, decoded in `workers` processes (0: in this one)."""
+    # A generator of its own: otherwise the loader's start draws from the one that the step's flips and masks come from.
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                                       collate_fn=collate, worker_init_fn=quiet_worker if workers else None)
+                                       collate_fn=collate, worker_init_fn=quiet_worker if workers else None,
+                                       generator=torch.Generator())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""A method and its local imports as one runnable file:  python flatten.py mae.py > mae_single.py"""
+import ast
+import sys
+from pathlib import Path
+
+
+def flatten(path, entry, imports, bodies):
+    """Append to imports what `path` needs from elsewhere, and to bodies its code, after that of its local imports."""
+    source = path.read_text()
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        keep = True
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            local, keep = path.parent / f"{name}.py", False
+            if not local.exists():
+                imports.append(ast.unparse(node))
+            elif local.name not in bodies:
+                flatten(local, False, imports, bodies)
+            if local.exists() and isinstance(node, ast.Import):             # `import training`: its names are here now
+                imports.append(f"import sys\n{name} = sys.modules[__name__]")
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            keep = entry
+        elif entry and node.lineno == 1:                                    # the docstring: it goes to the very top
+            keep = False
+        if not keep:
+            lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    bodies[path.name] = f"# {'=' * 40} {path.name}\n\n" + "\n".join(lines).strip()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).exists():
+        raise SystemExit(__doc__)
+    file, imports, bodies = Path(sys.argv[1]), [], {}
+    flatten(file, True, imports, bodies)
+    names = [n.name for body in bodies.values() for n in ast.parse(body).body if hasattr(n, "name")]
+    if len(names) > len(set(names)):
+        raise SystemExit(f"defined twice: {', '.join(sorted(n for n in set(names) if names.count(n) > 1))}")
+    print(f'"""{ast.get_docstring(ast.parse(file.read_text()), clean=False)}"""', *dict.fromkeys(imports), sep="\n")
+    print("", *bodies.values(), sep="\n\n\n")

@@ -1,0 +1,275 @@
+"""mae.py as its users run it: real processes, killed, preempted, resumed, fed with bad input."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+import mae
+
+ROOT = Path(__file__).parents[1]
+TINY = "--model vit_mini --img-size 16 --patch-size 4 --batch-size 8 --workers 0 --log-every 1 --save-every 5".split()
+
+
+def command(*args, world=1, script="mae.py"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+                "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"] if world > 1 else []
+    return [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
+
+
+def start(*args, world=1, script="mae.py", **environment):
+    return subprocess.Popen(command(*args, world=world, script=script), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment})
+
+
+def finish(*args, expect=0, **options):
+    process = start(*args, **options)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == expect, text
+    return text
+
+
+def rows(out):
+    log = Path(out) / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def steps(out):
+    return [row["step"] for row in rows(out) if "loss" in row]
+
+
+def wait_for(process, out, step):
+    while max(steps(out), default=0) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def kill_9(process):
+    """The process and all its descendants: torchrun's workers have sessions of their own and would outlive it."""
+    pids = [process.pid]
+    for pid in pids:
+        pids += map(int, subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True).stdout.split())
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def same_state(a, b):
+    a, b = (torch.load(Path(out) / "last.pt", weights_only=True) for out in (a, b))
+    assert a["step"] == b["step"]
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for i, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][i][k]) for k, v in moments.items())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_and_resumed_is_bitwise_the_same(classes, tmp_path, world):
+    """kill -9, another number of workers, SIGTERM, the end: equal to the run that nothing happened to."""
+    args = ["--data", classes, *TINY, "--epochs", 16, "--warmup-epochs", 2]                 # 80 steps
+    finish(*args, "--out", tmp_path / "whole", world=world)
+    assert steps(tmp_path / "whole") == list(range(1, 81))
+
+    out = tmp_path / "broken"
+    process = start(*args, "--out", out, world=world)
+    wait_for(process, out, 12)
+    kill_9(process)
+    process = start(*args, "--out", out, "--workers", 1, world=world)
+    killed_at = max(steps(out))
+    wait_for(process, out, killed_at + 12)
+    asked = time.time()
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert time.time() - asked < 25                             # torchrun kills after 30 s
+    assert "stopped by a signal" in text and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in text
+    if world == 1:
+        assert process.returncode == 0
+    finish(*args, "--out", out, world=world)
+
+    got = steps(out)
+    again = [b for a, b in zip(got, got[1:]) if b <= a]
+    assert len(again) >= 1, "no step was repeated: nothing was resumed"
+    assert len([row for row in rows(out) if "config" in row]) == 3
+    whole, broken = ({r["step"]: r["loss"] for r in rows(f) if "loss" in r} for f in (tmp_path / "whole", out))
+    assert whole == broken
+    same_state(tmp_path / "whole", out)
+
+
+def test_signal_to_the_whole_group_spares_the_workers(classes, tmp_path):
+    """Ctrl-C and some schedulers signal every process: a decoding process that died of it would lose the run."""
+    process = start("--data", classes, *TINY, "--workers", 2, "--epochs", 400, "--out", tmp_path, "--save-every", 9999)
+    wait_for(process, tmp_path, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by a signal" in text, text
+    assert torch.load(tmp_path / "last.pt")["step"] == max(steps(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_and_resumed(classes, tmp_path):
+    args = ["--data", classes, *TINY, "--epochs", 16, "--compile"]
+    finish(*args, "--out", tmp_path / "whole")
+    process = start(*args, "--out", tmp_path / "broken")
+    wait_for(process, tmp_path / "broken", 12)
+    kill_9(process)
+    finish(*args, "--out", tmp_path / "broken")
+    same_state(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_nan_on_one_rank_of_two(classes, tmp_path):
+    """One bad step is skipped on both ranks; too many in a row stop both, in words, with the state kept."""
+    args = ["--data", classes, *TINY, "--epochs", 4, "--max-skipped", 3]
+    text = finish(*args, "--out", tmp_path / "one", world=2, script="tests/nan_run.py", NAN_FROM="5", NAN_TO="6")
+    assert rows(tmp_path / "one")[-1]["skipped"] == 1 and "done:" in text
+    state = torch.load(tmp_path / "one" / "last.pt")
+    assert all(v.isfinite().all() for v in state["model"].values())
+    text = finish(*args, "--out", tmp_path / "many", world=2, script="tests/nan_run.py", NAN_FROM="5", NAN_TO="99",
+                  expect=1)
+    assert "3 steps in a row, up to step 9, gave a non-finite" in text
+    assert torch.load(tmp_path / "many" / "debug.pt")["step"] == 9
+    assert torch.load(tmp_path / "many" / "last.pt")["step"] == 5
+
+
+def test_disk_that_is_full(classes, tmp_path):
+    """A file size limit fails every write as a full disk does: the run goes on, its end says that it is not saved."""
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+            "sys.path.insert(0, '.'); import mae; mae.main(sys.argv[1:])")
+    args = ["--data", str(classes), *TINY, "--epochs", "2", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "warning: step 5 could not be saved" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith(f"step 10 could not be saved in {tmp_path} (is the disk full?)")
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.tmp"))
+
+
+def test_one_sentence_and_no_traceback(tmp_path):
+    for args, words in ((["--data", tmp_path / "no"], "does not exist"), (["--epoch", "3"], "--epoch")):
+        done = subprocess.run(command(*args), capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 1 and done.stdout == "" and words in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# In this process
+
+
+def train(out, *args):
+    mae.main([*TINY, "--out", str(out), *map(str, args)])
+    return rows(out)
+
+
+def test_outputs(classes, tmp_path):
+    found = train(tmp_path, "--data", classes, "--epochs", 2, "--probe-every", 1, "--keep-every", 1, "--accum", 2)
+    assert {"last.pt", "previous.pt", "encoder.pt", "recon.png", "log.jsonl", "epoch0001.pt", "epoch0002.pt"} <= set(
+        os.listdir(tmp_path))
+    assert found[0]["config"]["decoder_dim"] == 96 and found[0]["config"]["warmup_epochs"] == 0.2
+    last = [row for row in found if "loss" in row][-1]
+    assert {"chance", "lr", "grad_norm", "skipped", "img_s", "data_s", "step_s", "mem_gb"} <= set(last)
+    assert [row["step"] for row in found if "knn" in row] == [0, 5, 10]
+    picture = Image.open(tmp_path / "recon.png")
+    assert picture.width == 4 * (16 * 7 + 8) and picture.height == 8 * (16 * 7 + 8) + 36
+    from weights import build_vit
+    encoder = build_vit(str(tmp_path / "encoder.pt"), say=str)              # heads, size and patch are stored
+    assert encoder.config["heads"] == 6 and encoder.grid == (4, 4)
+
+
+def test_init_and_visualize(classes, tmp_path, capsys):
+    train(tmp_path / "a", "--data", classes, "--epochs", 1)
+    train(tmp_path / "b", "--data", classes, "--epochs", 1, "--init", tmp_path / "a" / "last.pt", "--lr", 0)
+    a, b = (torch.load(tmp_path / name / "last.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    picture = ["--images", str(classes / "val"), "--out", str(tmp_path / "c"), "--visualize"]
+    mae.main([*picture, str(tmp_path / "a" / "last.pt")])
+    assert Image.open(tmp_path / "c" / "recon.png").width == 480
+    with pytest.raises(SystemExit, match="has no decoder"):
+        mae.main([*picture, str(tmp_path / "a" / "encoder.pt")])
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("args", [["--img-size", "16", "24", "--in-chans", "1"], ["--no-norm-pix", "--in-chans", "4"],
+                                  ["--dtype", "bf16", "--clip-grad", "1"], ["--dtype", "fp16"]])
+def test_other_settings(classes, tmp_path, args):
+    found = train(tmp_path, "--data", classes, "--epochs", 1, *args)
+    assert all(isinstance(row["loss"], float) for row in found if "loss" in row)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--model", "vit_giant"], "vit_giant is not one of"), (["--patch-size", "5"], "patches of 5 do not tile a 16x16"),
+    (["--heads", "5"], "5 heads do not divide"), (["--batch-size", "64"], "40 images, less than one"),
+    (["--accum", "3"], "does not divide"), (["--mask-ratio", "1"], "leaves 0 of 16"),
+    (["--mean", "1", "2"], "need 3 numbers"),
+    (["--init", "absent.pth"], "absent.pth does not exist"), (["--warmup-epochs", "3"], "leaves nothing"),
+    (["--dtype", "fp8"], "not fp8"), (["--decoder-heads", "5"], "5 heads do not divide")])
+def test_bad_options(classes, tmp_path, args, words):
+    with pytest.raises(SystemExit, match=words):
+        train(tmp_path, "--data", classes, "--epochs", 2, *args)
+
+
+def test_probe_needs_classes(tmp_path):
+    write_images(tmp_path / "flat", 8)
+    with pytest.raises(SystemExit, match="--probe-every needs classes"):
+        train(tmp_path / "out", "--data", tmp_path / "flat", "--probe-every", 1, "--epochs", 1)
+
+
+def test_a_few_corrupt_images(tmp_path, capsys):
+    write_images(tmp_path / "set", 200)
+    for i in (7, 99, 150):
+        (tmp_path / "set" / f"{i:03}.png").write_bytes(b"damaged")
+    found = train(tmp_path / "out", "--data", tmp_path / "set", "--epochs", 2, "--log-every", 25)
+    assert sorted(row["unreadable"][-7:] for row in found if "unreadable" in row) == ["007.png", "099.png", "150.png"]
+    assert "done:" in capsys.readouterr().out
+
+
+def test_mostly_corrupt_images(tmp_path):
+    write_images(tmp_path / "set", 50)
+    for i in range(30):
+        (tmp_path / "set" / f"{i:03}.png").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=r"\d+ of \d+ images could not be read, more than --max-unreadable 0.05"):
+        train(tmp_path / "out", "--data", tmp_path / "set", "--epochs", 20)
+    assert torch.load(tmp_path / "out" / "last.pt")["step"] < 40
+
+
+def test_checkpoints_of_others(classes, tmp_path):
+    train(tmp_path / "out", "--data", classes, "--epochs", 1)
+    state = torch.load(tmp_path / "out" / "last.pt")
+    torch.save(state | dict(method="moco_v3"), tmp_path / "out" / "last.pt")
+    with pytest.raises(SystemExit, match="a checkpoint of moco_v3, not of mae"):
+        train(tmp_path / "out", "--data", classes, "--epochs", 1)
+    with pytest.raises(SystemExit, match="trained with 6 heads and the network here has 12"):
+        train(tmp_path / "new", "--data", classes, "--epochs", 1, "--heads", 12, "--init",
+              tmp_path / "out" / "encoder.pt")
+
+
+def test_demo_defaults():
+    cfg, given = mae.training.parse(mae.Config, "", ["--demo", "--epochs", "3"])
+    cfg = mae.resolve(cfg, given)
+    assert (cfg.data, cfg.model, cfg.epochs, cfg.out) == ("shapes", "vit_mini", 3, "out/mae-demo")
+    cfg = mae.resolve(*mae.training.parse(mae.Config, "", []))
+    assert (cfg.epochs, cfg.warmup_epochs, cfg.heads, cfg.patch_size, cfg.min_crop, cfg.interpolation) == (
+        400, 40, 12, 16, 0.08, "random")
+    cfg = mae.resolve(*mae.training.parse(mae.Config, "", ["--model", "vit_huge", "--epochs", "100"]))
+    assert (cfg.warmup_epochs, cfg.patch_size, cfg.decoder_depth, cfg.min_crop) == (10, 14, 8, 0.2)
+
+
+def test_flattened_file_gives_the_same_losses(classes, tmp_path):
+    """flatten.py's one file, alone in an empty folder, against mae.py."""
+    text = subprocess.run([sys.executable, "flatten.py", "mae.py"], capture_output=True, text=True, cwd=ROOT,
+                          check=True).stdout
+    (tmp_path / "mae_single.py").write_text(text)
+    args = ["--data", str(classes), *TINY, "--epochs", "2"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "mae_single.py", *args, "--out", "single"], cwd=tmp_path, check=True, env=env)
+    mae.main([*args, "--out", str(tmp_path / "several")])
+    single, several = ([r["loss"] for r in rows(tmp_path / name) if "loss" in r] for name in ("single", "several"))
+    assert single == several and len(single) == 10
+    assert not re.search(r"^from (vit|data|training|weights|augment|probe) import", text, re.MULTILINE)
