@@ -121,7 +121,7 @@ class Shapes:
             big = 2 * r if label == 9 else r
             picture = paint(outline("square", cx - dx, cy - dy, big, turn), colour)
             picture = paint(outline("disc", cx + dx, cy + dy, r, 0), (colour + rng.uniform(0.3, 0.7, (3, 1, 1))) % 1)
-        picture = picture + rng.normal(0, 0.03, picture.shape)
+        picture = picture + rng.normal(0, 0.01, picture.shape)
         return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
 
 

@@ -11,6 +11,7 @@ Expected:   not run yet at full size; the demo's last lines are in the README
 """
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from augment import denormalize, normalize, random_flip, statistics
 from data import CenterCrops, RandomCrops, describe, find, keys, load
 from probe import probe
 from training import Plumbing, opt
-from vit import MODELS, Block, ViT, pair, patchify, pick, sincos_positions, unpatchify
+from vit import MODELS, Block, ViT, cut, pair, pick, sincos_positions
 from weights import load_into, read, shape_of
 
 
@@ -65,17 +66,28 @@ LITE = dict(epochs=400, warmup_epochs=40, min_crop=0.08, interpolation="random")
 OFFICIAL = dict(epochs=800, warmup_epochs=40, min_crop=0.2, interpolation="bicubic",
                 decoder_dim=512, decoder_depth=8, decoder_heads=16)
 RECIPES = {
-    "vit_mini": dict(OFFICIAL, epochs=200, warmup_epochs=20, decoder_dim=96, decoder_depth=2, decoder_heads=3),
+    "vit_mini": dict(OFFICIAL, epochs=200, warmup_epochs=20, decoder_dim=64, decoder_depth=1, decoder_heads=4),
     "vit_tiny": dict(LITE, decoder_dim=96, decoder_depth=1, decoder_heads=3),
     "vit_small": dict(LITE, decoder_dim=192, decoder_depth=1, decoder_heads=6),
     "vit_base": OFFICIAL, "vit_large": OFFICIAL, "vit_huge": OFFICIAL,
 }
-DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=6, batch_size=128, epochs=10,
-            warmup_epochs=1, blr=2e-3, workers=1, log_every=60, save_every=300)
+DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_ratio=0.6, min_crop=0.6, batch_size=128,
+            epochs=12, warmup_epochs=1, blr=4e-3, workers=1, log_every=78, save_every=390)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The method
+
+
+def patchify(img, p):
+    """(B, C, h*p, w*p) -> (B, h*w, p*p*C): reading order; inside a patch rows, columns, channels, as in official
+    files."""
+    return rearrange(img, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+
+def unpatchify(patches, p, height, width):
+    """The inverse of patchify: (B, h*w, p*p*C) -> (B, C, height, width)."""
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=height // p, w=width // p)
 
 
 class MAE(ViT):
@@ -114,12 +126,17 @@ class MAE(ViT):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, img, noise=None, mask=None):
-        """Normalised images (B, C, h, w) -> the mean squared error over hidden patches, a scalar in fp32."""
+        """Normalised images (B, C, h, w) -> the mean squared error over hidden patches, a scalar, fp32 under
+        autocast."""
         order, visible = self.shuffle(img, noise, mask)
-        patches = patchify(img, self.patch_size)                                                # (B, N, p*p*C)
-        latent = self.encode_visible(patches, order[:, :visible])                               # (B, 1 + V, D)
-        pred = self.decode(latent, order)                                                       # (B, N - V, p*p*C)
-        return F.mse_loss(pred, self.target(pick(patches, order[:, visible:])))                 # autocast: in fp32
+        latent = self.encode(img, order[:, :visible])                                           # (B, 1 + V, D)
+        x = self.decode(latent, order)                                                          # (B, N - V, E)
+        # Published files predict rows, columns, channels. The error does not care about the order inside a patch, and
+        # channels first is how an image lies in memory: there it is cut without being copied as a whole.
+        weight, bias = (rearrange(t, "(n c) ... -> (c n) ...", c=img.shape[1])
+                        for t in (self.decoder_pred.weight, self.decoder_pred.bias))
+        target = self.target(cut(img, self.patch_size, order[:, visible:]))                     # (B, N - V, C*p*p)
+        return F.mse_loss(F.linear(x, weight, bias), target)
 
     def shuffle(self, img, noise=None, mask=None):
         """A permutation of the patches per image, (B, N), visible ones first, and how many are visible.
@@ -138,15 +155,12 @@ class MAE(ViT):
             noise = torch.rand(len(img), self.patches, device=img.device)
         return noise.argsort(1), self.visible
 
-    def encode_visible(self, patches, keep):
-        return self.run_blocks(self.embed(pick(patches, keep), self.grid, keep))
-
     def decode(self, latent, order, everything=False):
-        """latent (B, 1 + V, D) -> predictions for the hidden patches in the order of `order`, (B, N - V, p*p*C).
+        """latent (B, 1 + V, D) -> normed decoder tokens of the hidden patches in the order of `order`, (B, N - V, E).
 
         The official decoder puts the tokens back in reading order first. Attention does not care about order, only
         positions do: leaving the hidden ones last makes them a slice, and the last block and the prediction run on that
-        slice alone. everything: predict all N patches, in the order of `order`, as pictures want.
+        slice alone. everything: all N patches, in the order of `order`, as pictures want.
         """
         x, tokens = self.decoder_embed(latent), latent.shape[1]
         x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.patches - tokens, -1).to(x.dtype)], 1)
@@ -154,11 +168,10 @@ class MAE(ViT):
         x = x + torch.cat([pos[:, :1].expand(len(x), -1, -1), pick(pos[:, 1:], order)], 1)      # (B, 1 + N, E)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        x = self.decoder_blocks[-1](x, first=1 if everything else tokens)
-        return self.decoder_pred(self.decoder_norm(x))
+        return self.decoder_norm(self.decoder_blocks[-1](x, first=1 if everything else tokens))
 
     def target(self, patches):
-        """(B, n, p*p*C) pixels -> what the decoder should say."""
+        """(B, n, p*p*C) pixels, in any order within a patch -> what the decoder should say."""
         if not self.norm_pix:
             return patches
         # (t - mean) / sqrt(var + 1e-6) with the unbiased variance is a layer norm up to a constant: one pass over the
@@ -169,15 +182,14 @@ class MAE(ViT):
 
     @torch.no_grad()
     def reconstruct(self, img, noise=None, mask=None):
-        """Every intermediate, in reading order and on all patches: dict of loss, latent (B, 1 + V, D), pred (B, N,
-        p*p*C), mask (B, N; 1 = hidden) and ids_restore (B, N), the inverse of the shuffle."""
+        """Everything by its published name, for all patches in reading order: dict of loss, latent (B, 1 + V, D), pred
+        (B, N, p*p*C), mask (B, N; 1 = hidden) and ids_restore (B, N), the inverse of the shuffle."""
         order, visible = self.shuffle(img, noise, mask)
-        patches = patchify(img, self.patch_size)
-        latent = self.encode_visible(patches, order[:, :visible])
-        restore = order.argsort(1)
-        pred = pick(self.decode(latent, order, everything=True), restore).to(img.dtype)
-        hidden = (restore >= visible).float()
-        loss = ((pred - self.target(patches)).square().mean(-1) * hidden).sum() / hidden.sum()
+        latent, restore = self.encode(img, order[:, :visible]), order.argsort(1)
+        pred = self.decoder_pred(self.decode(latent, order, everything=True))
+        pred, hidden = pick(pred, restore).to(img.dtype), (restore >= visible).to(img.dtype)
+        error = (pred - self.target(patchify(img, self.patch_size))).square().mean(-1)
+        loss = (error * hidden).sum() / hidden.sum()
         return dict(loss=loss, latent=latent, pred=pred, mask=hidden, ids_restore=restore)
 
     def encoder_state(self):
@@ -223,9 +235,10 @@ def draw(model, img, mean, std, folder):
 
 
 def sample(source, cfg, count=8):
-    """Evaluation crops of `count` images spread over a source, uint8 (count, C, h, w)."""
+    """Evaluation crops of `count` random images of a source, always the same ones, uint8 (count, C, h, w)."""
     crops = CenterCrops(source, pair(cfg.img_size), cfg.in_chans)
-    return torch.stack([crops[i][0] for i in range(0, len(source), max(1, len(source) // count))][:count])
+    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.stack([crops[i][0] for i in chosen.tolist()])
 
 
 def visualize(cfg, given):
@@ -276,17 +289,13 @@ def build(cfg, shape):
         return MAE(ViT(**shape), cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, cfg.norm_pix, cfg.mask_ratio)
 
 
-def main(argv=None):
-    cfg, given = training.parse(Config, __doc__, argv)
-    cfg = resolve(cfg, given)
-    if cfg.visualize:
-        return visualize(cfg, given)
+def pretrain(cfg):
     rank, world, device = training.setup(cfg.device)
     dtype, say = training.precision(cfg.dtype, device), print if rank == 0 else str
     with training.in_words():
         mean, std = statistics(cfg.in_chans, cfg.mean, cfg.std)
     train, val = find(cfg.data), find(cfg.data, "val")
-    probing = cfg.probe_every or cfg.demo
+    probing = cfg.probe_every or cfg.demo and cfg.data == "shapes"
     if probing and (val is None or val.labels is None or train.labels is None):
         training.die("--probe-every needs classes in train/ and in val/")
     size, steps, peak = pair(cfg.img_size), *training.plan(cfg, len(train), world)
@@ -310,13 +319,8 @@ def main(argv=None):
         f"{cfg.batch_size} = {world} processes x {cfg.accum} passes x {cfg.batch_size // world // cfg.accum} images; "
         f"peak learning rate {peak:.3g}")
 
-    def measure(step):
-        found = probe(lambda img: model.encode(img)[:, 1:].mean(1), train, val, size, cfg.in_chans, mean, std, device,
-                      workers=cfg.workers)
-        say(f"frozen features after step {step}: k-NN {found['knn']:.1f}%, linear {found['linear']:.1f}%")
-        if rank == 0:
-            log.note(step=step, **found)
-
+    measure = partial(probe, lambda img: model.encode(img)[:, 1:].mean(1), train, val, size, cfg.in_chans, mean, std,
+                      device, cfg.workers, log)
     if probing and not run.step:
         measure(0)
     crops = RandomCrops(train, size, cfg.in_chans, cfg.seed, (cfg.min_crop, 1.0), cfg.interpolation)
@@ -341,7 +345,7 @@ def main(argv=None):
         why = health(skipped, unreadable, cfg.batch_size // world)
 
         if done % cfg.log_every == 0 or last or why:
-            chance = model.target(patchify(img, model.patch_size)).square().mean()              # of predicting 0
+            chance = model.target(cut(img, model.patch_size)).square().mean()                   # of predicting 0
             log(done, loss=training.mean_over_ranks(total), chance=chance, lr=lr, grad_norm=grad_norm,
                 skipped=health.skipped)
         if why != "non-finite" and (why or last or done % cfg.save_every == 0 or steps.due(done, cfg.keep_every)):
@@ -357,6 +361,12 @@ def main(argv=None):
     if rank == 0:
         training.draw_curve(cfg.out)
         print(f"done: {cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl, recon.png")
+
+
+def main(argv=None):
+    cfg, given = training.parse(Config, __doc__, argv)
+    cfg = resolve(cfg, given)
+    visualize(cfg, given) if cfg.visualize else pretrain(cfg)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ def linear(train, train_labels, test, test_labels):
     return 100 * ((test @ fit(train, target)(best)).argmax(1) == test_labels).double().mean().item()
 
 
-def probe(encode, train, val, size, channels, mean, std, device, limit=(5_000, 2_000), workers=0):
-    """k-NN and linear accuracy of an encoder on two labelled sources -> dict(knn, linear), in percent.
+def probe(encode, train, val, size, channels, mean, std, device, workers, log, step, limit=(5_000, 2_000)):
+    """k-NN and linear accuracy of an encoder on two labelled sources, in percent, into the log and on the screen.
 
     Of large sources `limit` random images are used, always the same: a number to watch during a run, not to publish.
     """
@@ -77,4 +77,7 @@ def probe(encode, train, val, size, channels, mean, std, device, limit=(5_000, 2
     for source, most in zip((train, val), limit):
         indices = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:most].tolist()
         sets += extract(encode, source, indices, size, channels, mean, std, device, workers=workers)
-    return dict(knn=round(knn(*sets), 2), linear=round(linear(*sets), 2))
+    if log.rank == 0:
+        found = dict(knn=round(knn(*sets), 2), linear=round(linear(*sets), 2))
+        log.note(step=step, **found)
+        print(f"frozen features after step {step}: k-NN {found['knn']:.1f}%, linear {found['linear']:.1f}%", flush=True)

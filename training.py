@@ -116,6 +116,10 @@ def setup(device="auto"):
                              "processes, or give --device cpu")
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # A core is left to the workers: threads that wait for each other by spinning lose more than it would add. Not
+        # a matter of --workers, because the last bits of a sum depend on the number of threads.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     device = torch.device(device, local) if device == "cuda" else torch.device(device)
     if world > 1:
         gpu = device.type == "cuda"

@@ -19,7 +19,7 @@ MODELS = {
     "vit_small": dict(dim=384, depth=12, heads=12, patch_size=16),
     "vit_base": dict(dim=768, depth=12, heads=12, patch_size=16),
     "vit_large": dict(dim=1024, depth=24, heads=16, patch_size=16),
-    "vit_mini": dict(dim=192, depth=6, heads=6, patch_size=4),              # ours, for images of 32 to 64 pixels
+    "vit_mini": dict(dim=128, depth=4, heads=4, patch_size=4),              # ours, for images of 32 to 64 pixels
     "vit_huge": dict(dim=1280, depth=32, heads=16, patch_size=14),
 }
 
@@ -70,21 +70,24 @@ def resize_positions(pos, old, new, offset=0.0):
 # Layers
 
 
-def patchify(img, p):
-    """(B, C, h*p, w*p) -> (B, h*w, p*p*C): patches in reading order; in one, rows, then columns, then channels."""
-    return rearrange(img, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+def cut(img, p, index=None):
+    """(B, C, h*p, w*p) -> its patches in reading order, (B, h*w, C*p*p), or only those numbered index (B, K): (B, K,
+    C*p*p).
 
-
-def unpatchify(patches, p, height, width):
-    """The inverse of patchify: (B, h*w, p*p*C) -> (B, C, height, width)."""
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=height // p, w=width // p)
+    Pixels come in the order of a convolution's weight: channels, rows, columns.
+    """
+    grid = rearrange(img, "b c (h p) (w q) -> b h w c p q", p=p, q=p)   # a view: nothing is copied yet
+    if index is None:
+        return rearrange(grid, "b h w c p q -> b (h w) (c p q)")
+    image, w = torch.arange(len(img), device=img.device).unsqueeze(1), grid.shape[2]
+    return grid[image, index // w, index % w].flatten(2)                # so that the rest of the image never is
 
 
 def pick(tokens, index):
-    """tokens (B, N, D) or one table for all (1, N, D), index (B, K) of token numbers -> (B, K, D)."""
-    if tokens.shape[0] == 1:
-        return F.embedding(index, tokens[0])
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    """tokens (B, N, D), or one table for all (1, N, D); index (B, K) of token numbers -> (B, K, D)."""
+    if len(tokens) > 1:
+        index = index + tokens.shape[1] * torch.arange(len(tokens), device=index.device).unsqueeze(1)
+    return F.embedding(index, tokens.flatten(0, 1))                     # whole rows: three times faster than gather
 
 
 class PatchEmbed(nn.Module):
@@ -95,8 +98,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
 
     def forward(self, patches):
-        """patches (B, N, p*p*C) as patchify gives them, all or any of them -> (B, N, D)."""
-        return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)
+        """patches (B, N, C*p*p) as cut gives them, all or any of them -> (B, N, D)."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -238,11 +241,11 @@ class ViT(nn.Module):
             raise ValueError(f"patches of {self.patch_size} do not tile a {height}x{width} image")
         return height // self.patch_size, width // self.patch_size
 
-    def embed(self, patches, grid, keep=None):
-        """patches (B, N, p*p*C), or those numbered keep (B, K) of them -> tokens with positions, cls first, (B, 1 + N,
+    def embed(self, img, keep=None):
+        """img (B, C, height, width) -> its patches as tokens, or those numbered keep (B, K), behind cls: (B, 1 + N,
         D)."""
-        pos = resize_positions(self.pos_embed, self.grid, grid, self.resize_offset)
-        x = self.patch_embed(patches)
+        pos = resize_positions(self.pos_embed, self.grid, self.grid_of(*img.shape[-2:]), self.resize_offset)
+        x = self.patch_embed(cut(img, self.patch_size, keep))
         x = x + (pos[:, 1:] if keep is None else pick(pos[:, 1:], keep))
         return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
 
@@ -252,9 +255,7 @@ class ViT(nn.Module):
         keep: (B, K) patch numbers; only these are embedded and encoded, in the order given -> (B, 1 + K, D).
         logits_of: block numbers from 1; also returns their scaled pre-softmax attention logits, each (B, H, N, N).
         """
-        grid, patches = self.grid_of(*img.shape[-2:]), patchify(img, self.patch_size)
-        x = self.embed(patches if keep is None else pick(patches, keep), grid, keep)
-        return self.run_blocks(x, logits_of)
+        return self.run_blocks(self.embed(img, keep), logits_of)
 
     def run_blocks(self, x, logits_of=()):
         logits = []

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import mae
-from mae import MAE
+from mae import MAE, patchify, unpatchify
 from training import decay_groups, finite_step
-from vit import ViT, patchify, sincos_positions, unpatchify
+from vit import ViT, sincos_positions
 
 
 def small(norm_pix=True, mask_ratio=0.75, dim=24, heads=3, **vit):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from golden import FOLDER, Golden, close, close_grads, needs_golden, read_json
 
-from mae import MAE, RECIPES
+from mae import MAE, RECIPES, patchify
 from training import decay_groups, finite_step, warmup_cosine
-from vit import MODELS, ViT, drop_path, patchify, resize_positions, sincos_positions
+from vit import MODELS, ViT, drop_path, resize_positions, sincos_positions
 from weights import build_vit, load_into, read, shape_of
 
 pytestmark = needs_golden

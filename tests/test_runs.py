@@ -172,7 +172,7 @@ def test_outputs(classes, tmp_path):
     found = train(tmp_path, "--data", classes, "--epochs", 2, "--probe-every", 1, "--keep-every", 1, "--accum", 2)
     assert {"last.pt", "previous.pt", "encoder.pt", "recon.png", "log.jsonl", "epoch0001.pt", "epoch0002.pt"} <= set(
         os.listdir(tmp_path))
-    assert found[0]["config"]["decoder_dim"] == 96 and found[0]["config"]["warmup_epochs"] == 0.2
+    assert found[0]["config"]["decoder_dim"] == 64 and found[0]["config"]["warmup_epochs"] == 0.2
     last = [row for row in found if "loss" in row][-1]
     assert {"chance", "lr", "grad_norm", "skipped", "img_s", "data_s", "step_s", "mem_gb"} <= set(last)
     assert [row["step"] for row in found if "knn" in row] == [0, 5, 10]
@@ -180,7 +180,7 @@ def test_outputs(classes, tmp_path):
     assert picture.width == 4 * (16 * 7 + 8) and picture.height == 8 * (16 * 7 + 8) + 36
     from weights import build_vit
     encoder = build_vit(str(tmp_path / "encoder.pt"), say=str)              # heads, size and patch are stored
-    assert encoder.config["heads"] == 6 and encoder.grid == (4, 4)
+    assert encoder.config["heads"] == 4 and encoder.grid == (4, 4)
 
 
 def test_init_and_visualize(classes, tmp_path, capsys):
@@ -245,8 +245,8 @@ def test_checkpoints_of_others(classes, tmp_path):
     torch.save(state | dict(method="moco_v3"), tmp_path / "out" / "last.pt")
     with pytest.raises(SystemExit, match="a checkpoint of moco_v3, not of mae"):
         train(tmp_path / "out", "--data", classes, "--epochs", 1)
-    with pytest.raises(SystemExit, match="trained with 6 heads and the network here has 12"):
-        train(tmp_path / "new", "--data", classes, "--epochs", 1, "--heads", 12, "--init",
+    with pytest.raises(SystemExit, match="trained with 4 heads and the network here has 8"):
+        train(tmp_path / "new", "--data", classes, "--epochs", 1, "--heads", 8, "--init",
               tmp_path / "out" / "encoder.pt")
 
 

@@ -6,9 +6,9 @@ from vit import (
     Attention,
     Block,
     ViT,
+    cut,
     drop_path,
     pair,
-    patchify,
     pick,
     resize_positions,
     sincos_positions,
@@ -45,7 +45,7 @@ def test_logits_on_request_change_nothing():
     torch.testing.assert_close(x, plain)
     assert third.shape == (2, 4, 17, 17)
     # by hand, from the tokens that enter block 2
-    tokens = model.blocks[0](model.embed(patchify(img, 8), model.grid))
+    tokens = model.blocks[0](model.embed(img))
     q, k, _ = model.blocks[1].attn.qkv(model.blocks[1].norm1(tokens)).view(2, 17, 3, 4, 12).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(second, q @ k.transpose(-2, -1) / 12 ** 0.5)
     torch.testing.assert_close(second, model.blocks[1].attn.logits(model.blocks[1].norm1(tokens)))
@@ -69,7 +69,7 @@ def test_subset_of_tokens():
     torch.testing.assert_close(shuffled[:, 0], everything[:, 0])
     torch.testing.assert_close(shuffled[:, 1:], pick(everything[:, 1:], order))
     keep = order[:, :5]
-    x = model.embed(patchify(img, 8), model.grid)
+    x = model.embed(img)
     by_hand = model.run_blocks(torch.cat([x[:, :1], pick(x[:, 1:], keep)], 1))
     torch.testing.assert_close(model.encode(img, keep), by_hand)
 
@@ -113,6 +113,17 @@ def test_other_image_size():
         model(torch.randn(1, 3, 30, 32))
     with pytest.raises(ValueError, match="5 heads do not divide"):
         small(heads=5)
+
+
+def test_cutting_patches():
+    """The same as unfold; a subset is those rows; and a patch times the weight is the convolution."""
+    model, img = small(), torch.randn(2, 3, 16, 32)
+    patches = cut(img, 8)
+    assert torch.equal(patches, nn.functional.unfold(img, 8, stride=8).transpose(1, 2))
+    index = torch.tensor([[3, 0, 7], [1, 1, 2]])
+    assert torch.equal(cut(img, 8, index), torch.stack([patches[b, index[b]] for b in range(2)]))
+    assert torch.equal(pick(patches, index), cut(img, 8, index))
+    torch.testing.assert_close(model.patch_embed(patches), model.patch_embed.proj(img).flatten(2).transpose(1, 2))
 
 
 def test_readouts():

@@ -1,0 +1,209 @@
+"""
+Speed as ratios: a row times our step and a textbook step in the same process, in turns, and reports the median ratio.
+
+python bench.py                     every row that fits this machine; writes results/bench-DATE-MACHINE.json
+python bench.py --batch 64          fewer batch sizes
+The textbook (tests/textbook.py) is MAE from timm's blocks as the official code does it: embed all, decode all, predict
+all, plain AdamW; on a GPU it runs as that code runs: eager, fp16 autocast, GradScaler, the loss read at every step.
+"""
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import training
+from mae import MAE, RECIPES
+from vit import MODELS, ViT
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
+from textbook import TextbookMAE  # noqa: E402
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+def machine():
+    """A name for files and tables: the GPU if there is one, else the processor and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    names = re.findall(r"model name\s*: (.*)", open("/proc/cpuinfo").read()) if os.path.exists("/proc/cpuinfo") else []
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def build(kind, model):
+    """The two MAEs of a preset, with the same numbers in them. Returns (module, images -> loss)."""
+    shape, r = MODELS[model], RECIPES[model]
+    decoder = {k: r[k] for k in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    torch.manual_seed(0)
+    ours = MAE(ViT(**shape), **decoder)
+    if kind == "ours":
+        return ours, lambda img, noise: ours(img, noise)
+    textbook = TextbookMAE(**shape, **decoder)
+    textbook.load_state_dict(ours.state_dict())
+    return textbook, lambda img, noise: textbook(img, noise)[0]
+
+
+def make_step(kind, model, batch, device, dtype, compiled):
+    """One optimizer step as a function without arguments, on fixed random images."""
+    module, loss_of = build(kind, model)
+    module.to(device)
+    if compiled:
+        module.compile()
+    groups = training.decay_groups(module, 0.05)
+    optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True if kind == "ours" else None)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    size, patch = 224, MODELS[model]["patch_size"]
+    img = torch.randn(batch, 3, size, size, device=device)
+    noise = torch.rand(batch, (size // patch) ** 2, device=device)
+
+    def step():
+        with training.autocast(device, dtype):
+            loss = loss_of(img, noise)
+        scaler.scale(loss).backward()
+        if kind == "ours":
+            training.finite_step(optimizer, scaler)
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+            loss.item()                                         # as the official code does, to look for NaN
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def gflop(kind, model):
+    """Forward and backward of one image, in GFLOP; attention counted as its matrix products."""
+    module, loss_of = build(kind, model)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss_of(torch.randn(2, 3, 224, 224), torch.rand(2, (224 // MODELS[model]["patch_size"]) ** 2)).backward()
+    return counter.get_total_flops() / 2e9
+
+
+def matmul_peak(device, dtype):
+    """What this machine reaches on a large square product, in GFLOP/s: the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, best = torch.randn(n, n, device=device, dtype=dtype), 0
+    for _ in range(10):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def memory(kind, a, dtype, compiled, batch):
+    """Peak memory of training steps beyond what is there before them, in MB; on a CPU in a process of its own."""
+    if a.device.type == "cuda":
+        step = make_step(kind, a.model, batch, a.device, dtype, compiled)
+        torch.cuda.reset_peak_memory_stats()
+        step(), step()
+        return torch.cuda.max_memory_allocated() / 1e6
+    name = next(k for k, v in DTYPES.items() if v == dtype)
+    args = ["--memory", kind, name, "compiled" if compiled else "eager", "--batch", str(batch), "--model", a.model]
+    return float(subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True, check=True).stdout)
+
+
+def resident(kind):
+    """VmHWM, the peak, or VmRSS, now, in MB (Linux). getrusage would not do: a child inherits its parent's peak."""
+    return int(re.search(kind + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1e3
+
+
+def measure_memory(a):
+    """The child of `memory`: prints how far two steps raised this process's peak."""
+    torch.set_num_threads(1)
+    kind, dtype, compiled = a.memory
+    step = make_step(kind, a.model, a.batch[0], torch.device("cpu"), DTYPES[dtype], compiled == "compiled")
+    before = resident("VmRSS")
+    step(), step()
+    print(resident("VmHWM") - before)
+
+
+def row(a, batch, ours, textbook):
+    """One comparison; ours and textbook are (dtype name, compiled)."""
+    steps = {kind: make_step(kind, a.model, batch, a.device, DTYPES[dtype], compiled)
+             for kind, (dtype, compiled) in (("textbook", textbook), ("ours", ours))}
+    times = {kind: [] for kind in steps}
+    for _ in range(2):
+        losses = [step().item() for step in steps.values()]     # the first is for caches and compilers
+    assert abs(losses[0] - losses[1]) < 0.02 * losses[0], "the two steps do not compute the same"
+    for _ in range(a.pairs):
+        for kind, step in steps.items():
+            synchronize(a.device)
+            began = time.perf_counter()
+            step()
+            synchronize(a.device)
+            times[kind].append(time.perf_counter() - began)
+    del steps, step
+    result = dict(batch=batch, ours=f"{ours[0]} {'compiled' if ours[1] else 'eager'}",
+                  textbook=f"{textbook[0]} {'compiled' if textbook[1] else 'eager'}",
+                  ratios=sorted(round(t / o, 3) for t, o in zip(times["textbook"], times["ours"])))
+    result["speed_ratio"] = round(statistics.median(result["ratios"]), 3)
+    for kind, (dtype, compiled) in (("ours", ours), ("textbook", textbook)):
+        rate = batch / statistics.median(times[kind])
+        result[f"img_s_{kind}"] = round(rate, 1)
+        result[f"peak_share_{kind}"] = round(rate * a.gflop[kind] / a.peak[dtype], 3)
+        result[f"memory_mb_{kind}"] = round(memory(kind, a, DTYPES[dtype], compiled, batch))
+    result["memory_ratio"] = round(result["memory_mb_ours"] / result["memory_mb_textbook"], 3)
+    r = argparse.Namespace(**result)
+    print(f"| {batch} | {r.ours} | {r.textbook} | {r.img_s_ours:.0f} / {r.img_s_textbook:.0f} "
+          f"| **{r.speed_ratio:.2f}** ({r.ratios[0]:.2f}-{r.ratios[-1]:.2f}) | {r.memory_ratio:.2f} "
+          f"| {r.peak_share_ours:.0%} / {r.peak_share_textbook:.0%} |", flush=True)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_tiny", choices=[m for m in MODELS if m != "vit_mini"])
+    parser.add_argument("--batch", type=int, nargs="+", help="images per step [16 64 256 on a CPU, 256 1024 on a GPU]")
+    parser.add_argument("--pairs", type=int, default=7, help="how often each step is timed")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.memory:
+        return measure_memory(a)
+    torch.set_num_threads(a.threads)
+    _, _, a.device = training.setup(a.device)
+    gpu = a.device.type == "cuda"
+    a.batch = a.batch or ([256, 1024] if gpu else [16, 64, 256])
+    a.gflop = {kind: gflop(kind, a.model) for kind in ("ours", "textbook")}
+    a.peak = {name: matmul_peak(a.device, DTYPES[name]) for name in ("fp32", "bf16", *(["fp16"] if gpu else []))}
+    facts = dict(date=str(datetime.date.today()), machine=machine(), torch=str(torch.__version__), threads=a.threads,
+                 model=a.model, command=" ".join(sys.argv), gflop_per_image=a.gflop, matmul_peak_gflop_s=a.peak)
+    print(json.dumps(facts, indent=1))
+    print("| batch | ours | textbook | images/s | ratio (lowest-highest) | memory | share of matmul peak |")
+    print("|---" * 7 + "|")
+    if gpu:
+        official = ("fp16", False)
+        pairs = [(("bf16", True), official), (("bf16", False), official), (("bf16", True), ("bf16", True))]
+        rows = [row(a, batch, *pair) for pair in pairs for batch in a.batch]
+    else:
+        middle = a.batch[len(a.batch) // 2]
+        rows = [row(a, batch, ("fp32", False), ("fp32", False)) for batch in a.batch]
+        rows += [row(a, middle, pair, pair) for pair in (("fp32", True), ("bf16", False), ("bf16", True))]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", facts["machine"]).strip("-")
+    path = os.path.join("results", f"bench-{facts['date']}-{name}.json")
+    os.makedirs("results", exist_ok=True)
+    with open(path, "w") as f:
+        json.dump(dict(facts, rows=rows), f, indent=1)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""House rules that a machine can check: who imports whom, how long a file may be, what a page looks like."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"vit": set(), "augment": set(), "training": set(), "data": set(), "weights": {"vit"}}
+# probe lends its numbers to the scripts that log them; bench and the tests may import anything.
+SIDEWAYS = {"mae": {"probe"}}
+FREE = {"bench"}
+BUDGET = {"vit.py": 400, "weights.py": 180, "data.py": 400, "augment.py": 240, "training.py": 480, "mae.py": 380,
+          "probe.py": 280, "bench.py": 220, "flatten.py": 40}
+FILES = sorted(ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_arrows_point_down(path):
+    local = {p.stem for p in FILES}
+    imported = {name.split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
+                for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                             [node.module] if isinstance(node, ast.ImportFrom) else [])} & local
+    if path.stem not in FREE:
+        allowed = ROOMS[path.stem] if path.stem in ROOMS else set(ROOMS) | SIDEWAYS.get(path.stem, set())
+        assert imported <= allowed, f"{path.name} may not import {imported - allowed}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_line_budget(path):
+    count = len(path.read_text().splitlines())
+    assert count <= BUDGET[path.name], f"{path.name} has {count} lines of {BUDGET[path.name]}: delete something"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_page(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the header is a runbook"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            limit = 75 if node.name in ("main", "pretrain") else 60
+            assert node.end_lineno - node.lineno < limit, f"{node.name} is longer than {limit} lines"
+
+
+def test_readme_tells_the_truth():
+    """Every local file the README links or runs exists, every command parses, every line count is right."""
+    text = (ROOT / "README.md").read_text()
+    words = text.replace("(", " ").replace(")", " ").replace("`", " ").split()
+    for word in words:
+        if word.startswith(("runs/", "results/", "tests/")) or word in {p.name for p in FILES}:
+            assert (ROOT / word.rstrip(".,:;")).exists(), word
+    for path in FILES:
+        counts = [line for line in text.splitlines() if line.startswith(f"| [`{path.name}`]")]
+        assert len(counts) == 1, f"README's table should have one row for {path.name}"
+        assert f"| {len(path.read_text().splitlines())} |" in counts[0], f"README's line count of {path.name}"
+
+
+def test_runbooks_parse():
+    """The commands of runs/*.sh name options that exist."""
+    import mae
+    import training
+    for script in sorted((ROOT / "runs").glob("*.sh")):
+        assert len(script.read_text().splitlines()) <= 15
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        for line in script.read_text().replace("\\\n", " ").splitlines():
+            if " mae.py " in line and not line.startswith("#"):
+                argv = [word for word in line.split(" mae.py ")[1].split() if word != '"$@"']
+                mae.resolve(*training.parse(mae.Config, "", [a.replace('"', "") for a in argv]))
+
+
+def test_imports_without_warnings():
+    names = ", ".join(p.stem for p in FILES)
+    subprocess.run([sys.executable, "-W", "error", "-c", f"import torchvision; import {names}"], cwd=ROOT, check=True)
