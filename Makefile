@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test test-slow bench lint clean
 
 setup: $(VENV)/ready
 
@@ -18,6 +18,9 @@ demo: setup
 
 test: setup lint
 	$(RUN) -m pytest
+
+test-slow: setup
+	$(RUN) -m pytest -m slow
 
 bench: setup
 	$(RUN) bench.py

@@ -62,10 +62,10 @@ def make_step(kind, model, batch, device, dtype, compiled):
     module, loss_of = build(kind, model)
     module.to(device)
     if compiled:
-        module.compile()
+        module.compile(dynamic=False)
     groups = training.decay_groups(module, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True if kind == "ours" else None)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     size, patch = 224, MODELS[model]["patch_size"]
     img = torch.randn(batch, 3, size, size, device=device)
     noise = torch.rand(batch, (size // patch) ** 2, device=device)
@@ -108,15 +108,21 @@ def matmul_peak(device, dtype):
 
 
 def memory(kind, a, dtype, compiled, batch):
-    """Peak memory of training steps beyond what is there before them, in MB; on a CPU in a process of its own."""
+    """Peak memory of training steps in MB: on a GPU all of it; on a CPU what they add, in a process of their own."""
     if a.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
         step = make_step(kind, a.model, batch, a.device, dtype, compiled)
         torch.cuda.reset_peak_memory_stats()
         step(), step()
-        return torch.cuda.max_memory_allocated() / 1e6
-    name = next(k for k, v in DTYPES.items() if v == dtype)
-    args = ["--memory", kind, name, "compiled" if compiled else "eager", "--batch", str(batch), "--model", a.model]
-    return float(subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True, check=True).stdout)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    args = ["--memory", kind, dtype, "compiled" if compiled else "eager", "--threads", str(a.threads),
+            "--model", a.model, "--batch", str(batch)]
+    # glibc is told to give freed memory back at once: what it would keep depends on luck, not on the step.
+    at_once = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
+    done = subprocess.run([sys.executable, __file__, *args], env=os.environ | at_once, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout)
 
 
 def resident(kind):
@@ -126,9 +132,9 @@ def resident(kind):
 
 def measure_memory(a):
     """The child of `memory`: prints how far two steps raised this process's peak."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(a.threads)
     kind, dtype, compiled = a.memory
-    step = make_step(kind, a.model, a.batch[0], torch.device("cpu"), DTYPES[dtype], compiled == "compiled")
+    step = make_step(kind, a.model, a.batch[0], torch.device("cpu"), dtype, compiled == "compiled")
     before = resident("VmRSS")
     step(), step()
     print(resident("VmHWM") - before)
@@ -136,7 +142,8 @@ def measure_memory(a):
 
 def row(a, batch, ours, textbook):
     """One comparison; ours and textbook are (dtype name, compiled)."""
-    steps = {kind: make_step(kind, a.model, batch, a.device, DTYPES[dtype], compiled)
+    torch._dynamo.reset()                                       # so that each row compiles for its own shapes
+    steps = {kind: make_step(kind, a.model, batch, a.device, dtype, compiled)
              for kind, (dtype, compiled) in (("textbook", textbook), ("ours", ours))}
     times = {kind: [] for kind in steps}
     for _ in range(2):
@@ -158,7 +165,7 @@ def row(a, batch, ours, textbook):
         rate = batch / statistics.median(times[kind])
         result[f"img_s_{kind}"] = round(rate, 1)
         result[f"peak_share_{kind}"] = round(rate * a.gflop[kind] / a.peak[dtype], 3)
-        result[f"memory_mb_{kind}"] = round(memory(kind, a, DTYPES[dtype], compiled, batch))
+        result[f"memory_mb_{kind}"] = round(memory(kind, a, dtype, compiled, batch))
     result["memory_ratio"] = round(result["memory_mb_ours"] / result["memory_mb_textbook"], 3)
     r = argparse.Namespace(**result)
     print(f"| {batch} | {r.ours} | {r.textbook} | {r.img_s_ours:.0f} / {r.img_s_textbook:.0f} "
@@ -178,8 +185,8 @@ def main():
     a = parser.parse_args()
     if a.memory:
         return measure_memory(a)
-    torch.set_num_threads(a.threads)
     _, _, a.device = training.setup(a.device)
+    torch.set_num_threads(a.threads)
     gpu = a.device.type == "cuda"
     a.batch = a.batch or ([256, 1024] if gpu else [16, 64, 256])
     a.gflop = {kind: gflop(kind, a.model) for kind in ("ours", "textbook")}

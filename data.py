@@ -146,7 +146,8 @@ def find(data, split="train"):
         if not parted or not names:
             return None
     folder = os.path.join(root, "train" if split == "train" else names[0]) if parted else root
-    source = Folder(folder, labelled=parted and any(e.is_dir() for e in os.scandir(folder)))
+    source = Folder(folder, labelled=parted and any(
+        e.is_dir() and not e.name.startswith(".") for e in os.scandir(folder)))
     if not len(source):
         raise SystemExit(f"no image found under {folder}: looked for files ending in {' '.join(SUFFIXES)}")
     return source
@@ -210,9 +211,8 @@ class RandomCrops(torch.utils.data.Dataset):
         self.source, self.size, self.channels, self.seed = source, size, channels, seed
         self.scale, self.interpolation = scale, interpolation
 
-    def crop(self, epoch, index):
+    def crop(self, img, epoch, index):
         rng = np.random.default_rng((self.seed, epoch, index))
-        img = to_channels(self.source.image(index), self.channels)
         left, top, w, h = crop_box(*img.size, self.scale, (3 / 4, 4 / 3), rng)
         how = self.interpolation if self.interpolation != "random" else ("bilinear", "bicubic")[rng.integers(2)]
         # The crop is cut out first: Pillow's box= would let the antialiasing filter look beyond its edge, torchvision's
@@ -223,13 +223,15 @@ class RandomCrops(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         failed = None
-        for other in range(index, index + 1000):    # the next readable one: the same whenever it is asked
+        for other in range(index, index + 100):                 # the next readable one: the same whenever it is asked
             other %= len(self.source)
             try:
-                return self.crop(epoch, other), self.label(other), failed
+                img = to_channels(self.source.image(other), self.channels)
             except Exception:                                   # damaged files raise nearly anything
                 failed = failed or self.source.name(index)
-        raise RuntimeError(f"1000 unreadable images in a row from {failed} on")
+                continue
+            return self.crop(img, epoch, other), self.label(other), failed
+        return torch.zeros(self.channels, *self.size, dtype=torch.uint8), self.label(index), failed
 
     def label(self, index):
         return -1 if self.source.labels is None else int(self.source.labels[index])
@@ -242,8 +244,8 @@ class CenterCrops(RandomCrops):
     def __init__(self, source, size, channels):
         super().__init__(source, size, channels, 0, None, "bicubic")
 
-    def crop(self, epoch, index):
-        img, (height, width) = to_channels(self.source.image(index), self.channels), self.size
+    def crop(self, img, epoch, index):
+        height, width = self.size
         if img.size != (width, height):
             fraction = 0.875 if max(self.size) <= 224 else 1.0
             h, w = int(height / fraction), int(width / fraction)
@@ -295,7 +297,11 @@ def quiet_worker(_):
 
 
 def load(dataset, batches, workers, pin):
-    """Batches of a dataset by lists of keys, decoded in `workers` processes (0: in this one)."""
+    """Batches of a dataset by lists of keys, decoded in `workers` processes (0: in this one; None: one per core that
+    this training process can have, at most 16)."""
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     # A generator of its own: otherwise the loader's start draws from the one that the step's flips and masks come from.
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                                        collate_fn=collate, worker_init_fn=quiet_worker if workers else None,

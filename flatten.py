@@ -33,7 +33,9 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     file, imports, bodies = Path(sys.argv[1]), [], {}
     flatten(file, True, imports, bodies)
-    names = [n.name for body in bodies.values() for n in ast.parse(body).body if hasattr(n, "name")]
+    nodes = [n for body in bodies.values() for n in ast.parse(body).body]
+    names = [n.name for n in nodes if hasattr(n, "name")] + [t.id for n in nodes if isinstance(n, ast.Assign)
+                                                             for t in n.targets if isinstance(t, ast.Name)]
     if len(names) > len(set(names)):
         raise SystemExit(f"defined twice: {', '.join(sorted(n for n in set(names) if names.count(n) > 1))}")
     print(f'"""{ast.get_docstring(ast.parse(file.read_text()), clean=False)}"""', *dict.fromkeys(imports), sep="\n")

@@ -33,30 +33,30 @@ from weights import load_into, read, shape_of
 class Config(Plumbing):
     data: str = opt("imagenet", "folder of images (imagenet: ./imagenet or $IMAGENET), or shapes, made on the fly")
     model: str = opt("vit_tiny", f"encoder: {', '.join(MODELS)}")
-    heads: int | None = opt(None, "attention heads of the encoder, if not the model's own")
-    img_size: tuple[int, ...] = opt((224,), "pixels: one number, or height and width")
-    patch_size: int | None = opt(None, "pixels on a patch's side, if not the model's own")
+    heads: int | None = opt(None, "attention heads of the encoder, if not the model's own", 1)
+    img_size: tuple[int, ...] = opt((224,), "pixels: one number, or height and width", 1)
+    patch_size: int | None = opt(None, "pixels on a patch's side, if not the model's own", 1)
     in_chans: int = opt(3, "image channels: 1 grey, 3 colour, 4 colour and alpha")
     mean: tuple[float, ...] | None = opt(None, "channel means in 0..1 (default: ImageNet's; 0.5 if not 3 channels)")
     std: tuple[float, ...] | None = opt(None, "channel deviations in 0..1 (default: ImageNet's, or 0.25)")
-    mask_ratio: float = opt(0.75, "fraction of the patches hidden from the encoder")
+    mask_ratio: float = opt(0.75, "fraction of the patches hidden from the encoder", 0)
     norm_pix: bool = opt(True, "predict each patch's pixels less their mean, over their deviation; else plain pixels")
-    decoder_dim: int | None = opt(None, "width of the decoder (default: the model's recipe)")
-    decoder_depth: int | None = opt(None, "blocks of the decoder (default: the model's recipe)")
-    decoder_heads: int | None = opt(None, "attention heads of the decoder (default: the model's recipe)")
-    min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image (default: the recipe)")
+    decoder_dim: int | None = opt(None, "width of the decoder (default: the model's recipe)", 1)
+    decoder_depth: int | None = opt(None, "blocks of the decoder (default: the model's recipe)", 1)
+    decoder_heads: int | None = opt(None, "attention heads of the decoder (default: the model's recipe)", 1)
+    min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image (default: the recipe)", 0)
     interpolation: str | None = opt(None, "resizing: bicubic, bilinear, or random: one of both (default: the recipe)")
-    batch_size: int = opt(4096, "images per optimizer step, over all processes and accumulation")
-    accum: int = opt(1, "forward-backward passes per optimizer step, each on a part of the batch")
-    epochs: float | None = opt(None, "passes over the training set (default: the recipe)")
-    warmup_epochs: float | None = opt(None, "epochs of linear warm-up (default: the recipe, at most epochs / 10)")
-    blr: float = opt(1.5e-4, "peak learning rate per 256 images of the batch")
-    lr: float | None = opt(None, "peak learning rate itself, instead of blr")
-    weight_decay: float = opt(0.05, "AdamW's weight decay; none on biases and 1-D parameters")
-    clip_grad: float | None = opt(None, "largest gradient norm (default: no clipping)")
+    batch_size: int = opt(4096, "images per optimizer step, over all processes and accumulation", 1)
+    accum: int = opt(1, "forward-backward passes per optimizer step, each on a part of the batch", 1)
+    epochs: float | None = opt(None, "passes over the training set (default: the recipe)", 0)
+    warmup_epochs: float | None = opt(None, "epochs of linear warm-up (default: the recipe, at most epochs / 10)", 0)
+    blr: float = opt(1.5e-4, "peak learning rate per 256 images of the batch", 0)
+    lr: float | None = opt(None, "peak learning rate itself, instead of blr", 0)
+    weight_decay: float = opt(0.05, "AdamW's weight decay; none on biases and 1-D parameters", 0)
+    clip_grad: float | None = opt(None, "largest gradient norm (default: no clipping)", 0)
     init: str | None = opt(None, "checkpoint whose weights a new run starts from")
-    probe_every: int = opt(0, "epochs between k-NN and linear probes, where the data has labels and val/; 0: none")
-    picture_every: int = opt(20, "epochs between recon.png; one is always drawn at the end")
+    probe_every: int = opt(0, "epochs between k-NN and linear probes, where the data has labels and val/; 0: none", 0)
+    picture_every: int = opt(20, "epochs between recon.png; one is always drawn at the end", 0)
     visualize: str | None = opt(None, "draw recon.png for this checkpoint (with a decoder) and leave")
     images: str | None = opt(None, "folder of images to draw, with --visualize")
 
@@ -144,10 +144,12 @@ class MAE(ViT):
         noise (B, N): visible are those with the smallest values, in that order; drawn here if not given. mask (B, N) or
         (B, h, w), true or 1 = hidden, the same number in every image (ValueError): both parts in reading order.
         """
+        if self.grid_of(*img.shape[-2:]) != self.grid:
+            raise ValueError(f"an MAE of {self.grid} patches cannot take images of {tuple(img.shape[-2:])} pixels")
         if mask is not None:
             mask = mask.flatten(1).to(img.device).bool()
             counts = (~mask).sum(1)
-            if mask.shape[1] != self.patches or counts.min() != counts.max():
+            if mask.shape[1] != self.patches or len(set(counts.tolist())) > 1 or counts[0] in (0, self.patches):
                 raise ValueError(f"a mask needs {self.patches} patches per image and the same number hidden in each")
             return mask.byte().argsort(dim=1, stable=True), int(counts[0])
         if noise is None:
@@ -163,7 +165,7 @@ class MAE(ViT):
         slice alone. everything: all N patches, in the order of `order`, as pictures want.
         """
         x, tokens = self.decoder_embed(latent), latent.shape[1]
-        x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.patches - tokens, -1).to(x.dtype)], 1)
+        x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.patches - tokens, -1)], 1)
         pos = self.decoder_pos_embed
         x = x + torch.cat([pos[:, :1].expand(len(x), -1, -1), pick(pos[:, 1:], order)], 1)      # (B, 1 + N, E)
         for block in self.decoder_blocks[:-1]:
@@ -229,8 +231,11 @@ def draw(model, img, mean, std, folder):
     note = "predictions borrow the hidden patches' mean and deviation" if model.norm_pix else "predictions are pixels"
     pen.text((6, page.height - 15), note, fill="black")
     path = os.path.join(folder, "recon.png")
-    page.save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    try:
+        page.save(path + ".tmp", format="PNG")
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        print(f"warning: {path} could not be drawn: {error}", flush=True)
     return path
 
 
@@ -247,20 +252,19 @@ def visualize(cfg, given):
     if "decoder_pred.weight" not in file.state:
         training.die(f"{cfg.visualize} has no decoder to draw with: use last.pt, or an official mae_visualize file")
     width, shape = len(file.state["decoder_embed.weight"]), shape_of(file, cfg.heads if "heads" in given else None)
-    told = {**file.config, **{k: getattr(cfg, k) for k in given}}
+    told = {**file.config, **{k: getattr(cfg, k) for k in given}}       # the command line wins over what is stored
     norm_pix = told.get("norm_pix", told.get("norm_pix_loss"))
     heads = told.get("decoder_heads") or {96: 3, 192: 6, 512: 16}.get(width)
     if not heads:
         training.die(f"{cfg.visualize} does not say how many heads its decoder has: give --decoder-heads")
     if norm_pix is None:
-        print("the file does not store what it predicts: drawn as standardised patches; official mae_visualize files "
-              "want --no-norm-pix")
-    cfg = replace(cfg, img_size=told["img_size"] if "img_size" in given else shape["img_size"],
-                  in_chans=shape["in_chans"], norm_pix=norm_pix is not False, decoder_dim=width, decoder_heads=heads,
-                  decoder_depth=len({k.split(".")[1] for k in file.state if k.startswith("decoder_blocks.")}))
-    model = build(cfg, dict(shape, img_size=cfg.img_size))
+        print("what it predicts is not stored: drawn as standardised patches (mae_visualize files want --no-norm-pix)")
+    cfg = replace(cfg, img_size=told["img_size"] if "img_size" in given else shape["img_size"], decoder_dim=width,
+                  in_chans=shape["in_chans"], norm_pix=norm_pix is not False, decoder_heads=heads,
+                  decoder_depth=len({k.split(".")[1] for k in file.state if k.startswith("decoder_blocks.")}),
+                  mask_ratio=told.get("mask_ratio", cfg.mask_ratio), out=cfg.out if "out" in given else "out/visualize")
+    model, (mean, std) = build(cfg, shape), stats(cfg, told.get("mean"), told.get("std"))
     load_into(model, file)
-    mean, std = statistics(cfg.in_chans, told.get("mean"), told.get("std"))
     os.makedirs(cfg.out, exist_ok=True)
     images = find(cfg.images or cfg.data, "val") or find(cfg.images or cfg.data)
     print(f"drew {draw(model, normalize(sample(images, cfg), mean, std), mean, std, cfg.out)}")
@@ -279,46 +283,58 @@ def resolve(cfg, given):
     recipe = {**{k: MODELS[cfg.model][k] for k in ("heads", "patch_size")}, **RECIPES[cfg.model],
               "out": "out/mae-demo" if cfg.demo else "out/mae"}
     cfg = training.fill(cfg, given | set(demo), recipe)
-    if "warmup_epochs" not in given | set(demo):                # a run shorter than the recipe warms up for less
-        cfg = replace(cfg, warmup_epochs=min(recipe["warmup_epochs"], cfg.epochs / 10))
+    if "warmup_epochs" not in given:                            # a run shorter than its recipe warms up for less
+        cfg = replace(cfg, warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 10))
+    if cfg.in_chans not in (1, 3, 4) or cfg.interpolation not in ("bicubic", "bilinear", "random") or cfg.min_crop > 1:
+        training.die("--in-chans is 1, 3 or 4; --interpolation bicubic, bilinear or random; --min-crop at most 1")
     return cfg
 
 
 def build(cfg, shape):
     with training.in_words():
-        return MAE(ViT(**shape), cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, cfg.norm_pix, cfg.mask_ratio)
+        vit = ViT(**{**shape, "img_size": pair(cfg.img_size), "in_chans": cfg.in_chans})
+        return MAE(vit, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, cfg.norm_pix, cfg.mask_ratio)
+
+
+def stats(cfg, mean, std):
+    with training.in_words():
+        return statistics(cfg.in_chans, mean, std)
+
+
+def banner(cfg, model, steps, peak, start, world, device):
+    """What is about to happen, with every value that a recipe filled in."""
+    size, share = sum(p.numel() for p in model.parameters()) / 1e6, cfg.batch_size // world // cfg.accum
+    return (f"{cfg.model}: {size:.2f} M parameters, {cfg.heads} heads, decoder {cfg.decoder_dim} wide, "
+            f"{cfg.decoder_depth} deep, {cfg.decoder_heads} heads; {model.visible} of {model.patches} patches visible\n"
+            f"crops from {cfg.min_crop:g} of an image, {cfg.interpolation}; batch {cfg.batch_size} = {world} processes "
+            f"x {cfg.accum} passes x {share} images; {cfg.dtype} on {device}\n"
+            f"{cfg.epochs:g} epochs of {steps.per_epoch} steps, {start} of {steps.total} done, {steps.warmup} of them "
+            f"warm-up, peak learning rate {peak:.3g}")
 
 
 def pretrain(cfg):
     rank, world, device = training.setup(cfg.device)
-    dtype, say = training.precision(cfg.dtype, device), print if rank == 0 else str
-    with training.in_words():
-        mean, std = statistics(cfg.in_chans, cfg.mean, cfg.std)
+    cfg, say = replace(cfg, dtype=training.precision(cfg.dtype, device)), print if rank == 0 else str
     train, val = find(cfg.data), find(cfg.data, "val")
     probing = cfg.probe_every or cfg.demo and cfg.data == "shapes"
-    if probing and (val is None or val.labels is None or train.labels is None):
-        training.die("--probe-every needs classes in train/ and in val/")
-    size, steps, peak = pair(cfg.img_size), *training.plan(cfg, len(train), world)
+    if probing and (val is None or not val.classes or val.classes != train.classes):
+        training.die("--probe-every needs the same classes in train/ and in val/")
+    steps, peak = training.plan(cfg, len(train), world)
 
     torch.manual_seed(cfg.seed)                                 # on every rank: all start from the same weights
-    shape = dict(MODELS[cfg.model], img_size=size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, heads=cfg.heads)
-    model = build(cfg, shape).to(device)
+    model = build(cfg, {**MODELS[cfg.model], "patch_size": cfg.patch_size, "heads": cfg.heads}).to(device)
+    size, (mean, std) = pair(cfg.img_size), stats(cfg, cfg.mean, cfg.std)
     optimizer = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     run = training.Run(cfg, "mae", rank, world, len(train), model=model, optimizer=optimizer, scaler=scaler)
     if cfg.init and not run.step:
         load_into(model, read(cfg.init), say)
     if cfg.compile or cfg.compile is None and device.type == "cuda":
-        model.compile()                                         # in place: the state dict keeps its published names
+        model.compile(dynamic=False)                            # inside DDP: accumulating without a sync compiles once
     net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
-    log = training.Log(cfg, rank, device, run.step, steps, images=len(train), world=world, dtype=str(dtype))
+    log = training.Log(cfg, rank, device, run.step, steps, images=len(train), world=world)
     health = training.Health(cfg, device, world, log)
-    say(f"{describe(train)}\n{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters with "
-        f"decoder, {model.visible} of {model.patches} patches visible, {dtype} on {device}\n"
-        f"steps {run.step} to {steps.total}, {steps.warmup} of warm-up, {steps.per_epoch} per epoch; batch "
-        f"{cfg.batch_size} = {world} processes x {cfg.accum} passes x {cfg.batch_size // world // cfg.accum} images; "
-        f"peak learning rate {peak:.3g}")
-
+    say(f"{describe(train)}\n{banner(cfg, model, steps, peak, run.step, world, device)}")
     measure = partial(probe, lambda img: model.encode(img)[:, 1:].mean(1), train, val, size, cfg.in_chans, mean, std,
                       device, cfg.workers, log)
     if probing and not run.step:
@@ -336,29 +352,33 @@ def pretrain(cfg):
             img, _, failed = next(batches)
             img = normalize(random_flip(img.to(device, non_blocking=True)), mean, std)          # (b, C, h, w)
             noise = torch.rand(len(img), model.patches, device=device)                          # (b, N)
-            with training.sync_if(micro + 1 == cfg.accum, net), training.autocast(device, dtype):
+            with training.sync_if(micro + 1 == cfg.accum, net), training.autocast(device, cfg.dtype):
                 loss = net(img, noise) / cfg.accum
             scaler.scale(loss).backward()
             total, unreadable = total + loss.detach(), unreadable + failed
         grad_norm, skipped = training.finite_step(optimizer, scaler, cfg.clip_grad)
-        done, last = step + 1, step + 1 == steps.total
+        done = step + 1
         why = health(skipped, unreadable, cfg.batch_size // world)
 
-        if done % cfg.log_every == 0 or last or why:
-            chance = model.target(cut(img, model.patch_size)).square().mean()                   # of predicting 0
+        if done % cfg.log_every == 0 or done == steps.total or why:
+            chance = model.target(cut(img[:64], model.patch_size)).square().mean()              # of predicting 0
             log(done, loss=training.mean_over_ranks(total), chance=chance, lr=lr, grad_norm=grad_norm,
                 skipped=health.skipped)
-        if why != "non-finite" and (why or last or done % cfg.save_every == 0 or steps.due(done, cfg.keep_every)):
-            encoder = dict(method="mae", config=dict(model.config, mean=mean, std=std), model=model.encoder_state())
-            run.save(done, encoder, keep=steps.due(done, cfg.keep_every), must=why or last)
+        keep, must = steps.due(done, cfg.keep_every), why or done == steps.total
+        if why != "non-finite" and (must or keep or done % cfg.save_every == 0):
+            config = dict(model.config, mean=mean, std=std)
+            run.save(done, dict(method="mae", config=config, model=model.encoder_state()), keep, must)
         if why:
             health.leave(why, run, done, model, total, img)
         optimizer.zero_grad()
-        if rank == 0 and (last or steps.due(done, cfg.picture_every)):
+        if rank == 0 and steps.due(done, cfg.picture_every) and done < steps.total:
             draw(model, normalize(sample(val or train, cfg).to(device), mean, std), mean, std, cfg.out)
-        if steps.due(done, cfg.probe_every) or probing and last:
+        if steps.due(done, cfg.probe_every) and done < steps.total:
             measure(done)
+    if probing:
+        measure(steps.total)
     if rank == 0:
+        draw(model, normalize(sample(val or train, cfg).to(device), mean, std), mean, std, cfg.out)
         training.draw_curve(cfg.out)
         print(f"done: {cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl, recon.png")
 

@@ -24,16 +24,20 @@ def extract(encode, source, indices, size, channels, mean, std, device, batch=25
     mine = list(indices)[rank::world]
     batches = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader = load(CenterCrops(source, size, channels), batches, workers, False)
-    parts = [(encode(normalize(img.to(device), mean, std)).float().cpu(), labels) for img, labels, _ in loader]
-    found = [torch.cat(part) for part in zip(*parts)]
+    parts = []
+    for img, labels, failed in loader:
+        parts.append((encode(normalize(img.to(device), mean, std)).float().cpu(), labels))
+        if failed:
+            print(f"warning: {len(failed)} images cannot be read and are replaced, first {failed[0]}", flush=True)
+    found = [torch.cat(part) for part in zip(*parts)]                # nothing, where ranks outnumber images
     if world == 1:
         return found
     shares = [None] * world
     dist.all_gather_object(shares, found)
-    whole = [torch.empty(len(indices), *found[k].shape[1:], dtype=found[k].dtype) for k in (0, 1)]
+    whole = [torch.empty(len(indices), *part.shape[1:], dtype=part.dtype) for part in shares[0]]
     for r, share in enumerate(shares):
-        for k in (0, 1):
-            whole[k][r::world] = share[k]
+        for part, mine in zip(whole, share):
+            part[r::world] = mine
     return whole
 
 

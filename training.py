@@ -43,9 +43,9 @@ def in_words():
 # Command line
 
 
-def opt(default, help):
-    """One line of a Config: its default, and its meaning with the unit. None: the recipe or the machine decides."""
-    return field(default=default, metadata=dict(help=help))
+def opt(default, help, least=None):
+    """One line of a Config: its default, its meaning with the unit, its smallest value. None: the recipe decides."""
+    return field(default=default, metadata=dict(help=help, least=least))
 
 
 @dataclass
@@ -54,21 +54,21 @@ class Plumbing:
     out: str | None = opt(None, "folder of the run: checkpoints, log, pictures (default: out/<script>)")
     dtype: str = opt("auto", "fp32, bf16 or fp16 products; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16")
     compile: bool | None = opt(None, "torch.compile the network (default: on a GPU only)")
-    resume: str = opt("auto", "auto: go on from last.pt in --out if there is one; none: refuse to; or a file's name")
-    seed: int = opt(0, "everything random follows from it")
+    resume: str = opt("auto", "auto: go on from last.pt in --out; none: refuse to; or a file for an empty --out")
+    seed: int = opt(0, "everything random follows from it", 0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
-    workers: int = opt(8, "processes that decode images, for each training process; 0: none but itself")
-    log_every: int = opt(20, "steps between rows of the log")
-    save_every: int = opt(500, "steps between checkpoints")
-    keep_every: int = opt(0, "epochs between checkpoints that are kept for good; 0: none is")
-    max_unreadable: float = opt(0.05, "share of unreadable images above which the run stops")
-    max_skipped: int = opt(20, "steps in a row with a non-finite gradient after which the run stops")
+    workers: int | None = opt(None, "processes that decode images, per training process (default: its cores)", 0)
+    log_every: int = opt(20, "steps between rows of the log", 1)
+    save_every: int = opt(500, "steps between checkpoints", 1)
+    keep_every: int = opt(0, "epochs between checkpoints that are kept for good; 0: none is", 0)
+    max_unreadable: float = opt(0.05, "share of unreadable images above which the run stops", 0)
+    max_skipped: int = opt(20, "steps in a row with a non-finite gradient after which the run stops", 1)
     demo: bool = opt(False, "a small run on images made on the fly, two minutes on a CPU")
 
 
-# The numbers do not depend on these, so a run may go on with other values of them.
+# The numbers do not depend on these (on accum only through what is drawn), so a run may go on with other values.
 FREE = {"out", "compile", "resume", "device", "workers", "log_every", "save_every", "keep_every", "picture_every",
-        "probe_every", "max_unreadable", "max_skipped"}
+        "probe_every", "max_unreadable", "max_skipped", "accum"}
 
 
 def parse(Config, doc, argv=None):
@@ -92,6 +92,10 @@ def parse(Config, doc, argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
     argv = [re.sub("^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    for f in fields(Config):
+        value, least = given.get(f.name), f.metadata["least"]
+        if None not in (value, least) and not all(v >= least for v in (value if type(value) is tuple else (value,))):
+            parser.error(f"--{f.name.replace('_', '-')} must be at least {least}, not {value}")
     return Config(**given), set(given)
 
 
@@ -110,6 +114,8 @@ def setup(device="auto"):
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         device = found.type if found else "cpu"
+    if device not in ("cpu", "cuda", "mps") or device == "mps" and not torch.backends.mps.is_available():
+        die(f"--device {device} is not here: auto, cpu, cuda and mps are known")
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise SystemExit(f"process {local} of this machine finds {torch.cuda.device_count()} GPUs: start fewer "
@@ -128,26 +134,37 @@ def setup(device="auto"):
 
 
 def launch(main):
-    """Run a script's main, and part from the other processes in order however it ends."""
+    """Run a script's main. One process that fails alone must leave at once, without the goodbyes of a process group:
+    the others sit in a collective and would be waited for, until torchrun sees this one gone and ends them."""
     try:
         main()
+    except SystemExit as stop:
+        if dist.is_initialized() and stop.code:
+            if isinstance(stop.code, str):
+                if os.environ["RANK"] != "0":                   # if rank 0 says the same, this one is ended first
+                    time.sleep(3)
+                print(stop.code, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)
+        raise
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and sys.exc_info()[0] in (None, SystemExit):
             dist.destroy_process_group()
 
 
 def precision(name, device):
-    """The dtype of --dtype. bf16 only where the hardware has it: where it is emulated, fp16 is faster."""
+    """--dtype resolved: bf16 only where the hardware has it, for where it is emulated fp16 is faster."""
     if name == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
     if name not in ("fp32", "bf16", "fp16"):
         die(f"--dtype is auto, fp32, bf16 or fp16, not {name}")
-    return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[name]
+    return name
 
 
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def autocast(device, name):
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[name]
+    return torch.autocast(device.type, dtype, enabled=name != "fp32")
 
 
 def seed_for(seed, step, rank):
@@ -162,8 +179,8 @@ def sync_if(last, net):
 
 def mean_over_ranks(value):
     if dist.is_initialized():
-        dist.all_reduce(value)
         value = value / dist.get_world_size()
+        dist.all_reduce(value)
     return value
 
 
@@ -185,10 +202,12 @@ class Steps(typing.NamedTuple):
 
 def plan(cfg, images, world):
     """-> Steps and the peak learning rate. What cannot be run is refused in a sentence."""
-    if cfg.batch_size < 1 or cfg.batch_size % (world * cfg.accum):
+    if cfg.batch_size % (world * cfg.accum):
         die(f"--batch-size {cfg.batch_size} does not divide among {world} processes x {cfg.accum} accumulation passes")
     if images < cfg.batch_size:
         die(f"the training set has {images} images, less than one --batch-size of {cfg.batch_size}: lower it")
+    if not cfg.epochs > 0:
+        die(f"--epochs {cfg.epochs:g} is no training: give more than 0")
     if cfg.warmup_epochs >= cfg.epochs:
         die(f"--warmup-epochs {cfg.warmup_epochs:g} leaves nothing of --epochs {cfg.epochs:g}: lower it")
     per_epoch = images // cfg.batch_size
@@ -225,7 +244,8 @@ def finite_step(optimizer, scaler, clip=None):
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if clip:
-        torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0)           # if not finite, they are left to be looked at
+        torch._foreach_mul_(grads, torch.where(norm.isfinite(), scale, 1.0))
     skipped = 1.0 - norm.isfinite().float()
     optimizer.found_inf = skipped
     scaler.step(optimizer)
@@ -236,8 +256,8 @@ def finite_step(optimizer, scaler, clip=None):
 class Health:
     """Whether to go on: one decision for all ranks at every step boundary.
 
-    Signals only set a flag. Flags and counts are summed over ranks on the device and read one step late, when they have
-    long arrived; reading this step's would wait for the device. All ranks read the same sums, so they stop together.
+    Signals only set a flag. Flags and counts are summed over ranks, so that all stop together. On a GPU the sums are
+    read one step late, when they have long arrived: reading this step's would wait for the device.
     """
 
     def __init__(self, cfg, device, world, log):
@@ -267,13 +287,12 @@ class Health:
         sums[3] = skipped / self.world
         if dist.is_initialized():
             dist.all_reduce(sums)
-        arrived = torch.cuda.Event() if gpu else None
         if gpu:
-            sums = torch.empty(sums.shape, pin_memory=True).copy_(sums, non_blocking=True)
-            arrived.record()
-        (sums, arrived), self.late = self.late or (torch.zeros(4), None), (sums, arrived)
-        if arrived:
-            arrived.synchronize()
+            now = torch.empty(sums.shape, pin_memory=True).copy_(sums, non_blocking=True), torch.cuda.Event()
+            now[1].record()
+            if self.late:
+                self.late[1].synchronize()
+            sums, self.late = self.late[0] if self.late else torch.zeros(4), now
         stop, bad, images, skip = sums.tolist()
         self.skipped, self.in_a_row = self.skipped + round(skip), self.in_a_row + 1 if skip else 0
         self.unreadable, self.images = self.unreadable + round(bad), self.images + round(images)
@@ -292,12 +311,14 @@ class Health:
         if why == "unreadable":
             die(f"{self.unreadable} of {self.images} images could not be read, more than --max-unreadable "
                 f"{self.cfg.max_unreadable:g} allows: {self.log.path} names them, last.pt holds step {step}")
-        if run.rank == 0:
-            write(dict(run.state(step), batch=img.cpu()), os.path.join(self.cfg.out, "debug.pt"))
-        bad = ["loss"] * (not loss.isfinite()) + [f"gradient of {n}" for n, p in model.named_parameters()
-                                                  if p.grad is not None and not p.grad.isfinite().all()]
-        die(f"{self.in_a_row} steps in a row, up to step {step}, gave a non-finite {(bad or ['gradient'])[0]} and were "
-            f"skipped: {self.cfg.out}/debug.pt has the state and the batch; try --clip-grad 1, a lower --lr or "
+        # The loss is this rank's own: a rank that made the trouble keeps its batch, and rank 0 keeps one in any case.
+        if run.rank == 0 or not loss.isfinite():
+            run.save_debug(step, img)
+        bad = [f"gradient of {n}" for n, p in model.named_parameters()
+               if p.grad is not None and not p.grad.isfinite().all()]
+        what = "loss" if not mean_over_ranks(loss).isfinite() else (bad or ["gradient"])[0]
+        die(f"{self.in_a_row} steps in a row, up to step {step}, gave a non-finite {what} and were skipped: "
+            f"{self.cfg.out}/debug-rank*.pt have the state and the batches; try --clip-grad 1, a lower --lr or "
             "--dtype fp32")
 
 
@@ -335,52 +356,72 @@ class Run:
 
     parts: modules, optimizer, scaler by name. If the folder holds a checkpoint of this very run, they are loaded from
     it and `step` is where to go on; otherwise `step` is 0. Damaged files, another method's, or other options end in a
-    sentence: nothing is restarted in silence. The lock lives as long as the process, so a killed run leaves none.
+    sentence: nothing is restarted in silence. The lock is the process's own, so a killed run leaves none.
     """
 
     def __init__(self, cfg, method, rank, world, images, **parts):
         self.cfg, self.method, self.rank, self.world, self.images, self.parts = cfg, method, rank, world, images, parts
         self.last, self.previous = (os.path.join(cfg.out, name) for name in ("last.pt", "previous.pt"))
-        os.makedirs(cfg.out, exist_ok=True)
-        if rank == 0:
-            self.lock = open(os.path.join(cfg.out, ".lock"), "a")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                die(f"another run is writing to {cfg.out}: wait for it, stop it, or choose another --out")
-        saved = self.find()
-        self.step = saved["step"] if saved else 0
-        for name, part in parts.items() if saved else ():
-            part.load_state_dict(saved[name])
-        if world > 1:
-            steps = [None] * world
-            dist.all_gather_object(steps, self.step)
-            if len(set(steps)) > 1:
-                die(f"processes would go on from different steps ({steps}): every node must see the same --out folder")
+        self.damaged = False
+        problem, self.step = None, 0
+        try:
+            self.lock_folder()
+            self.step = self.restore()
+        except SystemExit as stop:
+            problem = stop.code
+        if world > 1:                                           # one rank's trouble is everybody's
+            found = [None] * world
+            dist.all_gather_object(found, (problem, self.step))
+            problem = next((problem for problem, _ in found if problem), None)
+            if not problem and len({step for _, step in found}) > 1:
+                problem = f"processes would go on from different steps {found}: every node must see the same --out"
+        if problem:
+            die(problem)
 
-    def find(self):
-        cfg = self.cfg
-        there = [path for path in (self.last, self.previous) if os.path.exists(path)]
+    def lock_folder(self):
+        try:
+            os.makedirs(self.cfg.out, exist_ok=True)
+            self.lock = open(os.path.join(self.cfg.out, ".lock"), "a")
+        except OSError as error:
+            raise SystemExit(f"--out {self.cfg.out} cannot be written: {error}") from None
+        try:
+            if self.rank == 0:                                  # lockf, not flock, which decoding processes inherit
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise SystemExit(f"another run is writing to {self.cfg.out}: stop it, or choose another --out") from None
+        except OSError as error:
+            print(f"warning: {self.cfg.out} cannot be locked ({error}): see that only one run writes there")
+
+    def restore(self):
+        cfg, there = self.cfg, [path for path in (self.last, self.previous) if os.path.exists(path)]
         if cfg.resume == "none" and there:
-            die(f"{there[0]} exists and --resume none was given: choose another --out, or move it away")
-        if cfg.resume not in ("auto", "none"):
+            raise SystemExit(f"{there[0]} exists and --resume none was given: choose another --out, or move it away")
+        if cfg.resume not in ("auto", "none") and not there:    # later starts of the same command go on from last.pt
             there = [cfg.resume]
             if not os.path.exists(cfg.resume):
-                die(f"--resume {cfg.resume} does not exist")
-        saved = next(filter(None, map(read_back, there)), None)
+                raise SystemExit(f"--resume {cfg.resume} does not exist")
+        if not there:
+            return 0
+        states = [state for state in map(read_back, there) if isinstance(state, dict)]
+        saved, self.damaged = (states or [None])[0], len(states) < len(there)       # if so, previous.pt must stay
         if saved is None:
-            return die(f"{' and '.join(there)} cannot be read: move it away to start anew") if there else None
+            raise SystemExit(f"{' and '.join(there)} cannot be read as a checkpoint: move it away to start anew")
         if saved.get("method") != self.method:
-            die(f"{there[0]} is a checkpoint of {saved.get('method', 'something else')}, not of {self.method}: "
-                "choose another --out")
+            raise SystemExit(f"{there[0]} is a checkpoint of {saved.get('method', 'something else')}, not of "
+                             f"{self.method}: choose another --out")
         old, new = (dict(c, images=n) for c, n in ((saved["config"], saved["images"]), (asdict(cfg), self.images)))
         differ = [f"{k} was {old.get(k)}, is {new.get(k)}" for k in {**old, **new}
                   if k not in FREE and old.get(k) != new.get(k)]
         if differ:
-            die(f"{there[0]} belongs to a run with other options ({'; '.join(differ)}): give those, or another --out")
-        if saved["world"] != self.world and self.rank == 0:
-            print(f"warning: {self.world} processes go on with a run of {saved['world']}: not the same bit for bit")
-        return saved
+            raise SystemExit(f"{there[0]} belongs to a run with other options ({'; '.join(differ)}): give those, or "
+                             "another --out")
+        shares = (saved["world"], old["accum"]), (self.world, cfg.accum)
+        if shares[0] != shares[1] and self.rank == 0:
+            print("warning: {} processes x {} passes go on as {} x {}: no longer the same bit for bit".format(
+                *shares[0], *shares[1]))
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        return saved["step"]
 
     def state(self, step):
         """Everything needed to go on from optimizer step `step`, in plain types and tensors."""
@@ -393,7 +434,8 @@ class Run:
         if self.rank:
             return
         try:
-            write(self.state(step), self.last, self.previous)
+            write(self.state(step), self.last, None if self.damaged else self.previous)
+            self.damaged = False
             write(encoder, os.path.join(self.cfg.out, "encoder.pt"))
             if keep:
                 write(self.state(step), os.path.join(self.cfg.out, f"epoch{keep:04}.pt"))
@@ -404,6 +446,13 @@ class Run:
             print(f"warning: {message}the run goes on and tries again", flush=True)
 
 
+    def save_debug(self, step, img):
+        try:
+            write(dict(self.state(step), batch=img.cpu()), os.path.join(self.cfg.out, f"debug-rank{self.rank}.pt"))
+        except OSError as error:
+            print(f"warning: the state for debugging could not be saved: {error}", flush=True)
+
+
 class Log:
     """log.jsonl, and a line to read. The first row, and the first after each resume: the config and the git commit."""
 
@@ -412,16 +461,26 @@ class Log:
         self.start, self.last, self.steps, self.batch = start, start, steps, cfg.batch_size
         self.waited, self.since = 0.0, None
         if rank == 0:
-            git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True,
-                                 text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-            self.note(config=asdict(cfg), commit=git.stdout.strip(), torch=str(torch.__version__), start=start,
-                      steps=steps.total, **facts)
+            try:
+                here = os.path.dirname(os.path.abspath(__file__))
+                commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True,
+                                        text=True, cwd=here).stdout.strip()
+            except OSError:                                     # no git on this machine
+                commit = ""
+            self.note(config=asdict(cfg), commit=commit, torch=str(torch.__version__), start=start, steps=steps.total,
+                      **facts)
 
     def note(self, **row):
-        """Append one row. Any rank may: a short append is atomic."""
+        """Append one row, on a line of its own even after a row cut short. Any rank may: a short append is atomic. A
+        full disk costs the row, not the run."""
         row = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a+b") as f:
+                if f.tell():
+                    f.seek(-1, os.SEEK_END)
+                f.write((b"" if f.read(1) in (b"\n", b"") else b"\n") + json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            print(f"warning: a row of {self.path} is lost: {error}", flush=True)
 
     def waiting(self, batches):
         """The same batches, counting the time spent waiting for them; not for the first, while the workers start."""
@@ -465,8 +524,16 @@ def draw_curve(folder):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    rows = {}
     with open(os.path.join(folder, "log.jsonl")) as f:
-        rows = list({row["step"]: row for row in map(json.loads, f) if isinstance(row.get("loss"), float)}.values())
+        for line in f:
+            try:
+                row = json.loads(line)
+            except ValueError:                                  # cut short by a kill
+                continue
+            if isinstance(row.get("loss"), float):
+                rows[row["step"]] = row
+    rows = list(rows.values())
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axis.plot([row["epoch"] for row in rows], [row["loss"] for row in rows], label="loss")
     axis.plot([row["epoch"] for row in rows], [row["chance"] for row in rows], "--", color="gray", label="chance")

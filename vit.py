@@ -247,7 +247,7 @@ class ViT(nn.Module):
         pos = resize_positions(self.pos_embed, self.grid, self.grid_of(*img.shape[-2:]), self.resize_offset)
         x = self.patch_embed(cut(img, self.patch_size, keep))
         x = x + (pos[:, 1:] if keep is None else pick(pos[:, 1:], keep))
-        return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+        return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], 1)
 
     def encode(self, img, keep=None, logits_of=()):
         """img (B, C, height, width) of any size that the patch tiles -> normed tokens, (B, 1 + N, D).

@@ -78,10 +78,11 @@ def read(path, key=None):
     if not state:
         refuse(path, f"holds no weights: its keys are {', '.join(map(str, list(file)[:8]))}")
     layout = [f"under {where[0]!r}" if where else "a bare state dict"]
-    if "module.momentum_encoder.cls_token" in state and key == "momentum_encoder":
-        inner = ["momentum_encoder."]
-    else:
-        inner = ["base_encoder.", "backbone.", "model.", "encoder."]
+    inner = ["base_encoder.", "backbone.", "model.", "encoder."]
+    if key and key not in file:
+        inner = [f"{key}."]
+        if not any(f"{wrap}{key}.patch_embed.proj.weight" in state for wrap in ("", "module.")):
+            refuse(path, f"has nothing called {key!r}: its keys are {', '.join(map(str, list(file)[:8]))}")
     # Only whole prefixes count: "model." inside a name would also hit MAE-Lite's teacher, "tch_model.".
     for prefix in ("module.", "_orig_mod.", *inner):
         if all(k.startswith(prefix) for k in state) or prefix + "patch_embed.proj.weight" in state:
@@ -91,6 +92,8 @@ def read(path, key=None):
         refuse(path, "has a distillation token: DeiT's distilled networks are not supported, use the plain DeiT file")
     if "patch_embed.proj.weight" not in state:
         refuse(path, f"is no network known here: no patch_embed.proj.weight, but {', '.join(list(state)[:3])}, ...")
+    if "pos_embed" not in state or not any(k.startswith("blocks.") for k in state):
+        refuse(path, f"is no plain vision transformer: it holds {summary(state)}")
     return Weights(state, config, ", ".join(layout), path)
 
 

@@ -31,6 +31,7 @@ def test_folders_without_labels(tmp_path, classes):
     nested = find(str(classes / "train"))   # below train/ itself, sub-folders may mean anything
     assert len(nested) == 40 and nested.labels is None
     write_images(tmp_path / "parted" / "train", 3)
+    (tmp_path / "parted" / "train" / ".cache").mkdir()          # no class
     assert find(str(tmp_path / "parted")).labels is None        # train/ without sub-folders
 
 
@@ -229,6 +230,17 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
         img, _, failed = crops[0, index]
         assert torch.equal(img, crops[0, stand_in][0])
         assert (failed or "").endswith(f"00{index}.png") == (index != stand_in)
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"damaged")
+    img, _, failed = crops[0, 5]                                # none is left to stand in: an empty image, and its name
+    assert not img.any() and failed.endswith("005.png")
+
+
+def test_unreadable_images_are_collected(tmp_path):
+    write_images(tmp_path, 6)
+    for name in ("002.png", "003.png"):
+        (tmp_path / name).write_bytes(b"damaged")
+    crops = RandomCrops(find(str(tmp_path)), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
     _, _, failed = next(iter(load(crops, [[(0, i) for i in range(6)]], 0, pin=False)))
     assert [os.path.basename(name) for name in failed] == ["002.png", "003.png"]
 

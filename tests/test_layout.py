@@ -11,8 +11,8 @@ ROOMS = {"vit": set(), "augment": set(), "training": set(), "data": set(), "weig
 # probe lends its numbers to the scripts that log them; bench and the tests may import anything.
 SIDEWAYS = {"mae": {"probe"}}
 FREE = {"bench"}
-BUDGET = {"vit.py": 400, "weights.py": 180, "data.py": 400, "augment.py": 240, "training.py": 480, "mae.py": 380,
-          "probe.py": 280, "bench.py": 220, "flatten.py": 40}
+BUDGET = {"vit.py": 400, "weights.py": 180, "data.py": 400, "augment.py": 240, "training.py": 545, "mae.py": 395,
+          "probe.py": 280, "bench.py": 220, "flatten.py": 45}
 FILES = sorted(ROOT.glob("*.py"))
 
 
@@ -39,7 +39,7 @@ def test_page(path):
     assert ast.get_docstring(tree), "the header is a runbook"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            limit = 75 if node.name in ("main", "pretrain") else 60
+            limit = 70 if node.name in ("main", "pretrain") else 60
             assert node.end_lineno - node.lineno < limit, f"{node.name} is longer than {limit} lines"
 
 
@@ -65,7 +65,7 @@ def test_runbooks_parse():
         subprocess.run(["bash", "-n", str(script)], check=True)
         for line in script.read_text().replace("\\\n", " ").splitlines():
             if " mae.py " in line and not line.startswith("#"):
-                argv = [word for word in line.split(" mae.py ")[1].split() if word != '"$@"']
+                argv = [word for word in line.split(" mae.py ")[1].split() if word not in ('"$@"', "&")]
                 mae.resolve(*training.parse(mae.Config, "", [a.replace('"', "") for a in argv]))
 
 

@@ -1,5 +1,6 @@
 """The masked autoencoder: closed-form numbers, invariants, and the textbook form, all checkable on a fresh clone."""
 import copy
+import shutil
 
 import pytest
 import torch
@@ -161,8 +162,11 @@ def test_masks():
     order = found["ids_restore"].argsort(1)
     assert order[0].tolist() == [*range(8, 16), *range(8)]      # both parts in reading order
     mask[0, 3, 3] = True
-    with pytest.raises(ValueError, match="same number hidden"):
-        model(img, mask=mask)
+    for wrong in (mask, torch.zeros_like(mask), torch.ones_like(mask), mask[:, :3]):
+        with pytest.raises(ValueError, match="same number hidden"):
+            model(img, mask=wrong)
+    with pytest.raises(ValueError, match="cannot take images of"):
+        model(torch.randn(2, 3, 64, 64))
 
 
 def test_noise_decides_the_mask_uniformly():
@@ -219,6 +223,8 @@ def test_autocast_loss_is_fp32_and_close():
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)              # bf16 has 8 bits of mantissa
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_is_the_same():
     torch.manual_seed(0)
     model, img, noise = small(), torch.randn(4, 3, 32, 32), torch.rand(4, 16)
@@ -267,6 +273,10 @@ def test_clipping():
     for p, q in zip(model.parameters(), reference.parameters()):
         q.grad = p.grad.clone() if p.grad is not None else None
     expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
-    norm, _ = finite_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), clip=0.01)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    norm, _ = finite_step(optimizer, scaler, clip=0.01)
     torch.testing.assert_close(norm, expected)
     torch.testing.assert_close(model.decoder_pred.weight.grad, reference.decoder_pred.weight.grad)
+    model.norm.bias.grad[0] = float("nan")                      # stays where it is, so that it can be named
+    assert finite_step(optimizer, scaler, clip=0.01)[1] == 1
+    assert [n for n, p in model.named_parameters() if p.grad is not None and p.grad.isnan().any()] == ["norm.bias"]

@@ -3,6 +3,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,12 +18,12 @@ from training import Health, Log, Plumbing, Run, Steps, die, fill, opt, parse, p
 @dataclass
 class Config(Plumbing):
     batch_size: int = opt(8, "images per step, 100% of them")
-    accum: int = opt(1, "passes")
+    accum: int = opt(1, "passes", 1)
     epochs: float | None = opt(10, "epochs")
     warmup_epochs: float | None = opt(1, "epochs")
     blr: float = opt(1e-3, "rate")
     lr: float | None = opt(None, "rate")
-    img_size: tuple[int, ...] = opt((224,), "pixels")
+    img_size: tuple[int, ...] = opt((224,), "pixels", 1)
     norm_pix: bool = opt(True, "standardise")
 
 
@@ -38,7 +40,7 @@ def test_command_line():
 
 @pytest.mark.parametrize("argv, words", [
     (["--bach-size", "4"], "--bach-size"), (["--batch", "4"], "--batch"), (["--batch-size", "four"], "four"),
-    (["x"], "x")])
+    (["x"], "x"), (["--accum", "0"], "--accum must be at least 1, not 0"), (["--img-size", "8", "0"], "at least 1")])
 def test_bad_command_lines_are_one_sentence(argv, words):
     with pytest.raises(SystemExit, match=words) as stop:
         parse(Config, "", argv)
@@ -75,7 +77,8 @@ def test_plan():
 
 @pytest.mark.parametrize("change, world, words", [
     (dict(batch_size=10), 4, "does not divide among 4 processes x 1"), (dict(accum=3), 1, "x 3 accumulation"),
-    (dict(batch_size=64), 1, "50 images, less than one"), (dict(warmup_epochs=10), 1, "leaves nothing")])
+    (dict(batch_size=64), 1, "50 images, less than one"), (dict(warmup_epochs=10), 1, "leaves nothing"),
+    (dict(epochs=0), 1, "no training"), (dict(epochs=math.nan), 1, "no training")])
 def test_what_cannot_be_run(change, world, words):
     with pytest.raises(SystemExit, match=words):
         plan(replace(Config(), **change), 50, world)
@@ -183,16 +186,58 @@ def test_full_disk(tmp_path, monkeypatch, capsys):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    run = run_in(tmp_path)
+    code = ("import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); "
+            "sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
     with pytest.raises(SystemExit, match="another run is writing"):
         run_in(tmp_path)
-    released(run)
+    other.kill()                                                # a killed run leaves no lock
+    other.wait()
     run_in(tmp_path)
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit, match="cannot be written"):
+        run_in(tmp_path / "file")
+
+
+def test_resuming_from_a_file_by_name(tmp_path):
+    """The file starts an empty folder only: typed again, the same command goes on from last.pt."""
+    run = run_in(tmp_path / "a")
+    run.save(7, {}, keep=3)
+    released(run)
+    kept = str(tmp_path / "a" / "epoch0003.pt")
+    other = run_in(tmp_path / "b", resume=kept)
+    assert other.step == 7
+    other.save(9, {})
+    released(other)
+    assert run_in(tmp_path / "b", resume=kept).step == 9
+    with pytest.raises(SystemExit, match="absent.pt does not exist"):
+        run_in(tmp_path / "c", resume="absent.pt")
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
+        run_in(tmp_path / "c", resume=str(tmp_path / "list.pt"))
+
+
+def test_the_good_checkpoint_outlives_the_damaged_one(tmp_path):
+    run = run_in(tmp_path)
+    run.save(7, {})
+    run.save(8, {})
+    released(run)
+    (tmp_path / "last.pt").write_bytes(b"half")
+    run = run_in(tmp_path)
+    run.save(9, {})
+    assert torch.load(tmp_path / "previous.pt")["step"] == 7 and torch.load(tmp_path / "last.pt")["step"] == 9
+    run.save(10, {})
+    assert torch.load(tmp_path / "previous.pt")["step"] == 9
 
 
 @pytest.mark.parametrize("change, words", [
     (dict(blr=1e-2), "blr was 0.001, is 0.01"), (dict(resume="none"), "--resume none"),
-    (dict(resume="absent.pt"), "absent.pt does not exist")])
+    (dict(dtype="bf16"), "dtype was auto, is bf16")])
 def test_refusals(tmp_path, change, words):
     run = run_in(tmp_path)
     run.save(7, {})
@@ -219,7 +264,7 @@ def test_other_methods_data_and_processes(tmp_path, capsys):
     state = torch.load(tmp_path / "last.pt")
     torch.save(state | dict(world=4), tmp_path / "last.pt")
     assert run_in(tmp_path).step == 7
-    assert "not the same bit for bit" in capsys.readouterr().out
+    assert "no longer the same bit for bit" in capsys.readouterr().out
 
 
 def test_checkpoints_are_plain(tmp_path):
@@ -239,12 +284,12 @@ def health_in(folder, **change):
     return Health(cfg, torch.device("cpu"), 1, log), log
 
 
-def test_a_signal_stops_one_step_late(tmp_path):
+def test_a_signal_stops_at_the_next_step(tmp_path):
     health, _ = health_in(tmp_path)
     calls = [health(torch.tensor(0.0), [], 8)]
     os.kill(os.getpid(), signal.SIGUSR1)
-    calls += [health(torch.tensor(0.0), [], 8) for _ in range(2)]
-    assert calls == [None, None, "signal"]
+    calls += [health(torch.tensor(0.0), [], 8)]
+    assert calls == [None, "signal"]
     with pytest.raises(SystemExit) as stop:
         health.leave("signal", run_in(tmp_path), 3, nn.Linear(1, 1), torch.tensor(0.0), None)
     assert stop.value.code == 0
@@ -261,15 +306,15 @@ def test_a_second_interrupt_means_now(tmp_path, monkeypatch):
 
 def test_non_finite_steps(tmp_path):
     health, _ = health_in(tmp_path, max_skipped=3)
-    flags = [1, 1, 0, 1, 1, 1, 0]
-    assert [health(torch.tensor(float(f)), [], 8) for f in flags] == [None] * 6 + ["non-finite"]
+    flags = [1, 1, 0, 1, 1, 1]
+    assert [health(torch.tensor(float(f)), [], 8) for f in flags] == [None] * 5 + ["non-finite"]
     assert health.skipped == 5
     model = nn.Linear(2, 1)
     model.weight.grad = torch.full((1, 2), float("nan"))
     run = run_in(tmp_path)
     with pytest.raises(SystemExit, match="3 steps in a row, up to step 9, gave a non-finite gradient of weight"):
         health.leave("non-finite", run, 9, model, torch.tensor(0.0), torch.zeros(1))
-    assert torch.load(tmp_path / "debug.pt")["step"] == 9 and not (tmp_path / "last.pt").exists()
+    assert torch.load(tmp_path / "debug-rank0.pt")["step"] == 9 and not (tmp_path / "last.pt").exists()
 
 
 def test_unreadable_images(tmp_path, capsys):
@@ -297,18 +342,28 @@ def test_log(tmp_path, capsys):
     assert "step 4/100  epoch 0.40  loss 0.5" in capsys.readouterr().out
 
 
+def test_log_on_a_full_disk(tmp_path, capsys):
+    _, log = health_in(tmp_path)
+    log.path = "/dev/full"
+    log.note(step=1)
+    assert "a row of /dev/full is lost" in capsys.readouterr().out
+
+
 def test_curve_survives_restarts(tmp_path):
     pytest.importorskip("matplotlib")
     _, log = health_in(tmp_path)
     for step in (1, 2, 3, 2, 3, 4):
+        if step == 3:
+            open(log.path, "a").write('{"step": 3, "lo')         # killed while writing
         log.note(step=step, epoch=step / 10, loss=1 / step, chance=1.0)
+    assert sum("loss" in line and line.endswith("}\n") for line in open(log.path)) == 6
     log.note(step=4, knn=10.0)
     training.draw_curve(str(tmp_path))
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
 def test_precision_and_seeds():
-    assert training.precision("auto", torch.device("cpu")) == torch.float32
+    assert training.precision("auto", torch.device("cpu")) == "fp32"
     with pytest.raises(SystemExit, match="not fp8"):
         training.precision("fp8", torch.device("cpu"))
     draws = set()

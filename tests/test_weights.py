@@ -57,6 +57,8 @@ def test_choosing_a_network(tmp_path, layout, key):
     torch.save(LAYOUTS[layout](vit().state_dict()), tmp_path / "file.pth")
     assert not read(f"{tmp_path}/file.pth:{key}").state["patch_embed.proj.weight"].any()
     assert read(str(tmp_path / "file.pth"), key).state["cls_token"].shape == (1, 1, 24)
+    with pytest.raises(SystemExit, match="has nothing called 'studnt'"):
+        read(f"{tmp_path}/file.pth:studnt")
 
 
 def test_safetensors(tmp_path):
@@ -85,7 +87,8 @@ def test_code_is_refused(tmp_path, capfd):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "damaged"), (b"not a checkpoint", "damaged"), (dict(epoch=1), "no weights"), ([1, 2], "holds a list"),
-    (dict(model={"fc.weight": torch.zeros(2)}), "no network known here")])
+    (dict(model={"fc.weight": torch.zeros(2)}), "no network known here"),
+    (dict(model={"patch_embed.proj.weight": torch.zeros(1), "layers.0.x": torch.zeros(1)}), "no plain vision")])
 def test_what_is_no_checkpoint(tmp_path, content, words):
     path = tmp_path / "x.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
