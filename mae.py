@@ -4,7 +4,7 @@ https://arxiv.org/abs/2111.06377, for lightweight networks https://arxiv.org/abs
 
 One node:   torchrun --standalone --nproc_per_node=8 mae.py --data imagenet --out out/mae
 One GPU:    python mae.py --data imagenet --out out/mae --accum 8
-A minute:   python mae.py --demo
+To try it:  python mae.py --demo
 Pictures:   python mae.py --visualize out/mae/last.pt --images some/folder
 Preempted:  type the same command again
 Expected:   not run yet at full size; the demo's last lines are in the README
@@ -80,8 +80,7 @@ DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_
 
 
 def patchify(img, p):
-    """(B, C, h*p, w*p) -> (B, h*w, p*p*C): reading order; inside a patch rows, columns, channels, as in official
-    files."""
+    """(B, C, h*p, w*p) -> (B, h*w, p*p*C): reading order; in a patch rows, columns, channels, as official files."""
     return rearrange(img, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
 
@@ -126,8 +125,7 @@ class MAE(ViT):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, img, noise=None, mask=None):
-        """Normalised images (B, C, h, w) -> the mean squared error over hidden patches, a scalar, fp32 under
-        autocast."""
+        """Normalised images (B, C, h, w) -> the mean squared error over hidden patches, fp32 under autocast."""
         order, visible = self.shuffle(img, noise, mask)
         latent = self.encode(img, order[:, :visible])                                           # (B, 1 + V, D)
         x = self.decode(latent, order)                                                          # (B, N - V, E)

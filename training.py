@@ -113,7 +113,7 @@ def setup(device="auto"):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        device = found.type if found else "cpu"
+        device = found.type if found and found.type in ("cuda", "mps") else "cpu"
     if device not in ("cpu", "cuda", "mps") or device == "mps" and not torch.backends.mps.is_available():
         die(f"--device {device} is not here: auto, cpu, cuda and mps are known")
     if device == "cuda":
@@ -304,6 +304,8 @@ class Health:
 
     def leave(self, why, run, step, model, loss, img):
         """Say why the run ends early, and end it. Only a signal is not a failure."""
+        if dist.is_initialized():                               # a process that fails is the end of those still saving
+            dist.barrier()
         if why == "signal":
             if run.rank == 0:
                 print(f"stopped by a signal after step {step}: the same command goes on from there", flush=True)
