@@ -15,11 +15,11 @@ from torch import nn
 # Tiny and Small have 12 heads, as in MAE-Lite: DeiT's 3 and DINO's 6 have tensors of the very same shapes, so a wrong
 # head count loads without a murmur and only the accuracy tells.
 MODELS = {
+    "vit_mini": dict(dim=128, depth=4, heads=4, patch_size=4),              # ours, for images of 32 to 64 pixels
     "vit_tiny": dict(dim=192, depth=12, heads=12, patch_size=16),
     "vit_small": dict(dim=384, depth=12, heads=12, patch_size=16),
     "vit_base": dict(dim=768, depth=12, heads=12, patch_size=16),
     "vit_large": dict(dim=1024, depth=24, heads=16, patch_size=16),
-    "vit_mini": dict(dim=128, depth=4, heads=4, patch_size=4),              # ours, for images of 32 to 64 pixels
     "vit_huge": dict(dim=1280, depth=32, heads=16, patch_size=14),
 }
 
