@@ -307,8 +307,8 @@ def banner(cfg, model, steps, peak, start, world, device):
             f"crops from {cfg.min_crop:g} of an image, {cfg.interpolation}; batch {cfg.batch_size} = {world} processes "
             f"x {cfg.accum} passes x {share} images; {cfg.dtype} on {device}\n"
             f"{cfg.epochs:g} epochs of {steps.per_epoch} steps, {start} of {steps.total} done, {steps.warmup} of them "
-            f"warm-up, peak learning rate {peak:.3g}" + "\nexpected of the demo as it is: loss 0.31 (chance 0.99), k-NN "
-            "from 13 to 25%, linear from 29 to 47%" * cfg.demo)
+            f"warm-up, peak learning rate {peak:.3g}" +
+            "\nexpected of the demo: loss 0.31 (chance 0.99), k-NN from 13 to 25%, linear from 29 to 47%" * cfg.demo)
 
 
 def pretrain(cfg):
