@@ -404,18 +404,21 @@ class Run:
                 raise SystemExit(f"--resume {cfg.resume} does not exist")
         if not there:
             return 0
-        states = [state for state in map(read_back, there) if isinstance(state, dict)]
-        saved, self.damaged = (states or [None])[0], len(states) < len(there)       # if so, previous.pt must stay
-        if saved is None:
+        for path in there:
+            saved = read_back(path)
+            if isinstance(saved, dict):
+                break
+            self.damaged = True                                 # then previous.pt is the good one and must stay
+        else:
             raise SystemExit(f"{' and '.join(there)} cannot be read as a checkpoint: move it away to start anew")
         if saved.get("method") != self.method:
-            raise SystemExit(f"{there[0]} is a checkpoint of {saved.get('method', 'something else')}, not of "
+            raise SystemExit(f"{path} is a checkpoint of {saved.get('method', 'something else')}, not of "
                              f"{self.method}: choose another --out")
         old, new = (dict(c, images=n) for c, n in ((saved["config"], saved["images"]), (asdict(cfg), self.images)))
         differ = [f"{k} was {old.get(k)}, is {new.get(k)}" for k in {**old, **new}
                   if k not in FREE and old.get(k) != new.get(k)]
         if differ:
-            raise SystemExit(f"{there[0]} belongs to a run with other options ({'; '.join(differ)}): give those, or "
+            raise SystemExit(f"{path} belongs to a run with other options ({'; '.join(differ)}): give those, or "
                              "another --out")
         shares = (saved["world"], old["accum"]), (self.world, cfg.accum)
         if shares[0] != shares[1] and self.rank == 0:
@@ -446,7 +449,6 @@ class Run:
             if must:
                 raise SystemExit(message + "the files saved before are whole") from error
             print(f"warning: {message}the run goes on and tries again", flush=True)
-
 
     def save_debug(self, step, img):
         try:
