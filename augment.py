@@ -18,6 +18,8 @@ def statistics(channels, mean=None, std=None):
     std = std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)
     if len(mean) != channels or len(std) != channels:
         raise ValueError(f"--mean and --std need {channels} numbers, one per channel, not {len(mean)} and {len(std)}")
+    if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+        raise ValueError(f"--mean and --std are on the scale of 0 to 1, deviations above 0, not {mean} and {std}")
     return tuple(mean), tuple(std)
 
 

@@ -146,8 +146,9 @@ def find(data, split="train"):
         if not parted or not names:
             return None
     folder = os.path.join(root, "train" if split == "train" else names[0]) if parted else root
-    source = Folder(folder, labelled=parted and any(
-        e.is_dir() and not e.name.startswith(".") for e in os.scandir(folder)))
+    inside = [e for e in os.scandir(folder) if not e.name.startswith(".")]
+    labelled = parted and any(e.is_dir() for e in inside) and not any(e.name.lower().endswith(SUFFIXES) for e in inside)
+    source = Folder(folder, labelled)
     if not len(source):
         raise SystemExit(f"no image found under {folder}: looked for files ending in {' '.join(SUFFIXES)}")
     return source
@@ -309,7 +310,7 @@ def load(dataset, batches, workers, pin):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise SystemExit(__doc__.strip().splitlines()[-1])
     for part in filter(None, (find(sys.argv[1], "train"), find(sys.argv[1], "val"))):
         print(describe(part))

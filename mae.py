@@ -264,7 +264,8 @@ def visualize(cfg, given):
     model, (mean, std) = build(cfg, shape), stats(cfg, told.get("mean"), told.get("std"))
     load_into(model, file)
     os.makedirs(cfg.out, exist_ok=True)
-    images = find(cfg.images or cfg.data, "val") or find(cfg.images or cfg.data)
+    source = cfg.images or told.get("data") or cfg.data
+    images = find(source, "val") or find(source)
     print(f"drew {draw(model, normalize(sample(images, cfg), mean, std), mean, std, cfg.out)}")
 
 
@@ -283,9 +284,15 @@ def resolve(cfg, given):
     cfg = training.fill(cfg, given | set(demo), recipe)
     if "warmup_epochs" not in given:                            # a run shorter than its recipe warms up for less
         cfg = replace(cfg, warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 10))
-    if cfg.in_chans not in (1, 3, 4) or cfg.interpolation not in ("bicubic", "bilinear", "random") or cfg.min_crop > 1:
-        training.die("--in-chans is 1, 3 or 4; --interpolation bicubic, bilinear or random; --min-crop at most 1")
-    return cfg
+    if cfg.in_chans not in (1, 3, 4):
+        training.die(f"--in-chans is 1, 3 or 4, not {cfg.in_chans}")
+    if cfg.interpolation not in ("bicubic", "bilinear", "random"):
+        training.die(f"--interpolation is bicubic, bilinear or random, not {cfg.interpolation}")
+    if cfg.min_crop > 1 or cfg.mask_ratio >= 1:
+        training.die(f"--min-crop and --mask-ratio are fractions, not {cfg.min_crop:g} and {cfg.mask_ratio:g}")
+    if cfg.images and not cfg.visualize:
+        training.die("--images goes with --visualize; the folder to train on is --data")
+    return replace(cfg, data=os.path.normpath(cfg.data))       # a slash at its end makes no other data of it
 
 
 def build(cfg, shape):
@@ -308,7 +315,8 @@ def banner(cfg, model, steps, peak, start, world, device):
             f"x {cfg.accum} passes x {share} images; {cfg.dtype} on {device}\n"
             f"{cfg.epochs:g} epochs of {steps.per_epoch} steps, {start} of {steps.total} done, {steps.warmup} of them "
             f"warm-up, peak learning rate {peak:.3g}" +
-            "\nexpected of the demo: loss 0.31 (chance 0.99), k-NN from 13 to 25%, linear from 29 to 47%" * cfg.demo)
+            "\nexpected of the demo: loss 0.31 (chance 0.99), k-NN from 13 to 25%, linear from 29 to 47%" *
+            (cfg.demo and all(getattr(cfg, k) == v for k, v in DEMO.items())))
 
 
 def pretrain(cfg):

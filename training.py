@@ -63,7 +63,7 @@ class Plumbing:
     keep_every: int = opt(0, "epochs between checkpoints that are kept for good; 0: none is", 0)
     max_unreadable: float = opt(0.05, "share of unreadable images above which the run stops", 0)
     max_skipped: int = opt(20, "steps in a row with a non-finite gradient after which the run stops", 1)
-    demo: bool = opt(False, "a small run on images made on the fly, two minutes on a CPU")
+    demo: bool = opt(False, "a small run on images made on the fly, three minutes on a CPU")
 
 
 # The numbers do not depend on these (on accum only through what is drawn), so a run may go on with other values.
@@ -81,7 +81,8 @@ def parse(Config, doc, argv=None):
     for f in sorted(fields(Config), key=lambda f: f.name in plumbing):
         kind = hints[f.name]
         kind = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind      # `int | None` reads an int
-        text = f.metadata["help"] + ("" if f.default is None else f" [{f.default}]")
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        text = f.metadata["help"] + ("" if f.default is None else f" [{shown}]")
         how = dict(dest=f.name, help=text.replace("%", "%%"))
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -386,9 +387,8 @@ class Run:
             self.lock = open(os.path.join(self.cfg.out, ".lock"), "a")
         except OSError as error:
             raise SystemExit(f"--out {self.cfg.out} cannot be written: {error}") from None
-        try:
-            if self.rank == 0:                                  # lockf, not flock, which decoding processes inherit
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:                                                    # lockf, not flock, which decoding processes inherit
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if self.rank == 0 else None
         except (BlockingIOError, PermissionError):
             raise SystemExit(f"another run is writing to {self.cfg.out}: stop it, or choose another --out") from None
         except OSError as error:
@@ -410,7 +410,10 @@ class Run:
                 break
             self.damaged = True                                 # then previous.pt is the good one and must stay
         else:
-            raise SystemExit(f"{' and '.join(there)} cannot be read as a checkpoint: move it away to start anew")
+            raise SystemExit(f"{' and '.join(there)} cannot be read as a checkpoint" +
+                             ": move it away to start anew" * (there[0] == self.last))
+        if not {"step", "optimizer", "images"} <= set(saved):
+            raise SystemExit(f"{path} has weights but no run to go on with: give last.pt, or --init for its weights")
         if saved.get("method") != self.method:
             raise SystemExit(f"{path} is a checkpoint of {saved.get('method', 'something else')}, not of "
                              f"{self.method}: choose another --out")

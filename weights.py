@@ -168,8 +168,9 @@ def build_vit(path, heads=None, say=print, **options):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise SystemExit(__doc__.strip().splitlines()[-1])
     found = read(sys.argv[1])
     print(f"{found.path}: {found.layout}; method {found.config['method'] or 'not stored'}; "
-          f"heads {found.config.get('heads') or 'not stored'}; {summary(found.state)}")
+          f"heads {found.config.get('heads') or 'not stored'}\n{shape_of(found, heads=1) | dict(heads='see above')}\n"
+          f"tensors: {summary(found.state)}")

@@ -33,6 +33,9 @@ def test_folders_without_labels(tmp_path, classes):
     write_images(tmp_path / "parted" / "train", 3)
     (tmp_path / "parted" / "train" / ".cache").mkdir()          # no class
     assert find(str(tmp_path / "parted")).labels is None        # train/ without sub-folders
+    write_images(tmp_path / "parted" / "train" / "more", 2)
+    mixed = find(str(tmp_path / "parted"))                      # with images beside sub-folders: none is left out
+    assert len(mixed) == 5 and mixed.labels is None
 
 
 def test_test_folder_serves_as_val(tmp_path):

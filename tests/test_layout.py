@@ -1,5 +1,6 @@
 """House rules that a machine can check: who imports whom, how long a file may be, what a page looks like."""
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_page(path):
 def test_readme_tells_the_truth():
     """Every local file the README links or runs exists, every command parses, every line count is right."""
     text = (ROOT / "README.md").read_text()
+    assert not re.search("@[A-Z_]+@", text), "a value was left to be filled in"
     words = text.replace("(", " ").replace(")", " ").replace("`", " ").split()
     for word in words:
         if word.startswith(("runs/", "results/", "tests/")) or word in {p.name for p in FILES}:

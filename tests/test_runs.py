@@ -208,12 +208,15 @@ def test_other_settings(classes, tmp_path, args):
 @pytest.mark.parametrize("args, words", [
     (["--model", "vit_giant"], "vit_giant is not one of"), (["--patch-size", "5"], "patches of 5 do not tile a 16x16"),
     (["--heads", "5"], "5 heads do not divide"), (["--batch-size", "64"], "40 images, less than one"),
-    (["--accum", "3"], "does not divide"), (["--mask-ratio", "1"], "leaves 0 of 16"),
+    (["--accum", "3"], "does not divide"),
+    (["--mask-ratio", "1"], "are fractions"), (["--mask-ratio", "0.99"], "leaves 0 of 16"),
     (["--mean", "1", "2"], "need 3 numbers"),
     (["--init", "absent.pth"], "absent.pth does not exist"), (["--warmup-epochs", "3"], "leaves nothing"),
     (["--dtype", "fp8"], "not fp8"), (["--decoder-heads", "5"], "5 heads do not divide"),
-    (["--in-chans", "2"], "--in-chans is 1, 3 or 4"), (["--interpolation", "cubic"], "--interpolation bicubic"),
-    (["--min-crop", "2"], "--min-crop at most 1"), (["--seed", "-1"], "--seed must be at least 0"),
+    (["--in-chans", "2"], "--in-chans is 1, 3 or 4"),
+    (["--interpolation", "cubic"], "not cubic"), (["--images", "x"], "goes with --visualize"),
+    (["--min-crop", "2"], "are fractions"),
+    (["--std", "0", "0", "0"], "scale of 0 to 1"), (["--seed", "-1"], "--seed must be at least 0"),
     (["--device", "tpu"], "--device tpu is not here"), (["--img-size", "1", "2", "3"], "height and width"),
     (["--log-every", "0"], "--log-every must be at least 1"), (["--decoder-depth", "0"], "at least 1")])
 def test_bad_options(classes, tmp_path, args, words):

@@ -217,6 +217,9 @@ def test_resuming_from_a_file_by_name(tmp_path):
     assert run_in(tmp_path / "b", resume=kept).step == 9
     with pytest.raises(SystemExit, match="absent.pt does not exist"):
         run_in(tmp_path / "c", resume="absent.pt")
+    torch.save(dict(method="toy", model={}), tmp_path / "encoder.pt")
+    with pytest.raises(SystemExit, match="no run to go on with"):
+        run_in(tmp_path / "c", resume=str(tmp_path / "encoder.pt"))
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
         run_in(tmp_path / "c", resume=str(tmp_path / "list.pt"))
