@@ -87,7 +87,7 @@ def pick(tokens, index):
     """tokens (B, N, D), or one table for all (1, N, D); index (B, K) of token numbers -> (B, K, D)."""
     if len(tokens) > 1:
         index = index + tokens.shape[1] * torch.arange(len(tokens), device=index.device).unsqueeze(1)
-    return F.embedding(index, tokens.flatten(0, 1))                     # whole rows: three times faster than gather
+    return F.embedding(index, tokens.flatten(0, 1))                     # copies whole rows; gather goes by element
 
 
 class PatchEmbed(nn.Module):
