@@ -10,7 +10,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable '.[dev,plot]'
+	$(RUN) -m pip install --quiet --editable '.[dev,plot,fast]'
 	touch $@
 
 demo: setup

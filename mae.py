@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import training
 from augment import denormalize, normalize, random_flip, statistics
-from data import CenterCrops, RandomCrops, describe, find, keys, load
+from data import CROPS, CenterCrops, keys, load
 from probe import probe
+from sources import describe, find, thin
 from training import Plumbing, opt
 from vit import MODELS, Block, ViT, cut, pair, pick, sincos_positions
 from weights import load_into, read, shape_of
@@ -31,7 +32,8 @@ from weights import load_into, read, shape_of
 
 @dataclass
 class Config(Plumbing):
-    data: str = opt("imagenet", "folder of images (imagenet: ./imagenet or $IMAGENET), or shapes, made on the fly")
+    data: str = opt("imagenet", "folder or tar (imagenet: ./imagenet or $IMAGENET), torchvision set by name, or shapes")
+    fraction: float = opt(1.0, "share of the training images used, the same of each class, chosen by the seed")
     model: str = opt("vit_tiny", f"encoder: {', '.join(MODELS)}")
     heads: int | None = opt(None, "attention heads of the encoder, if not the model's own", 1)
     img_size: tuple[int, ...] = opt((224,), "pixels: one number, or height and width", 1)
@@ -46,7 +48,8 @@ class Config(Plumbing):
     decoder_heads: int | None = opt(None, "attention heads of the decoder (default: the model's recipe)", 1)
     min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image (default: the recipe)", 0)
     interpolation: str | None = opt(None, "resizing: bicubic, bilinear, or random: one of both (default: the recipe)")
-    batch_size: int = opt(4096, "images per optimizer step, over all processes and accumulation", 1)
+    repeat: int = opt(1, "crops of each decoded image in a batch, which then has batch / repeat different images", 1)
+    batch_size: int = opt(4096, "crops per optimizer step, over all processes and accumulation", 1)
     accum: int = opt(1, "forward-backward passes per optimizer step, each on a part of the batch", 1)
     epochs: float | None = opt(None, "passes over the training set (default: the recipe)", 0)
     warmup_epochs: float | None = opt(None, "epochs of linear warm-up (default: the recipe, at most epochs / 10)", 0)
@@ -288,6 +291,8 @@ def resolve(cfg, given):
         training.die(f"--in-chans is 1, 3 or 4, not {cfg.in_chans}")
     if cfg.interpolation not in ("bicubic", "bilinear", "random"):
         training.die(f"--interpolation is bicubic, bilinear or random, not {cfg.interpolation}")
+    if cfg.decode not in CROPS:
+        training.die(f"--decode is {' or '.join(CROPS)}, not {cfg.decode}")
     if cfg.min_crop > 1 or cfg.mask_ratio >= 1:
         training.die(f"--min-crop and --mask-ratio are fractions, not {cfg.min_crop:g} and {cfg.mask_ratio:g}")
     if cfg.images and not cfg.visualize:
@@ -322,11 +327,12 @@ def banner(cfg, model, steps, peak, start, world, device):
 def pretrain(cfg):
     rank, world, device = training.setup(cfg.device)
     cfg, say = replace(cfg, dtype=training.precision(cfg.dtype, device)), print if rank == 0 else str
-    train, val = find(cfg.data), find(cfg.data, "val")
+    train, val = (find(cfg.data, split, cfg.download) for split in ("train", "val"))
+    train = thin(train, cfg.fraction, cfg.seed)
     probing = cfg.probe_every or cfg.demo and cfg.data == "shapes"
     if probing and (val is None or not val.classes or val.classes != train.classes):
         training.die("--probe-every needs the same classes in train/ and in val/")
-    steps, peak = training.plan(cfg, len(train), world)
+    steps, peak = training.plan(cfg, len(train), world, cfg.repeat)
 
     torch.manual_seed(cfg.seed)                                 # on every rank: all start from the same weights
     model = build(cfg, {**MODELS[cfg.model], "patch_size": cfg.patch_size, "heads": cfg.heads}).to(device)
@@ -346,9 +352,9 @@ def pretrain(cfg):
                       device, cfg.workers, log)
     if probing and not run.step:
         measure(0)
-    crops = RandomCrops(train, size, cfg.in_chans, cfg.seed, (cfg.min_crop, 1.0), cfg.interpolation)
-    order = keys(len(train), cfg.batch_size, cfg.accum, world, rank, cfg.seed, run.step, steps.total)
-    batches = log.waiting(load(crops, order, cfg.workers, pin=device.type == "cuda"))
+    crops = CROPS[cfg.decode](train, size, cfg.in_chans, cfg.seed, (cfg.min_crop, 1.0), cfg.interpolation, cfg.repeat)
+    order = keys(len(train), cfg.batch_size, cfg.accum, world, rank, cfg.seed, run.step, steps.total, cfg.repeat)
+    batches = log.waiting(crops.finish(load(crops, order, cfg.workers, pin=device.type == "cuda"), device))
     for step in range(run.step, steps.total):
         training.seed_for(cfg.seed, step, rank)
         lr = training.warmup_cosine(step, steps.total, steps.warmup, peak)

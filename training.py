@@ -58,6 +58,8 @@ class Plumbing:
     seed: int = opt(0, "everything random follows from it", 0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
     workers: int | None = opt(None, "processes that decode images, per training process (default: its cores)", 0)
+    decode: str = opt("workers", "where JPEGs become crops: workers, or device (a GPU's decoder, if cores are few)")
+    download: bool = opt(False, "fetch --data if it is a torchvision set that is not there yet")
     log_every: int = opt(20, "steps between rows of the log", 1)
     save_every: int = opt(500, "steps between checkpoints", 1)
     keep_every: int = opt(0, "epochs between checkpoints that are kept for good; 0: none is", 0)
@@ -67,8 +69,8 @@ class Plumbing:
 
 
 # The numbers do not depend on these (on accum only through what is drawn), so a run may go on with other values.
-FREE = {"out", "compile", "resume", "device", "workers", "log_every", "save_every", "keep_every", "picture_every",
-        "probe_every", "max_unreadable", "max_skipped", "accum"}
+FREE = {"out", "compile", "resume", "device", "workers", "download", "log_every", "save_every", "keep_every",
+        "picture_every", "probe_every", "max_unreadable", "max_skipped", "accum"}
 
 
 def parse(Config, doc, argv=None):
@@ -201,10 +203,12 @@ class Steps(typing.NamedTuple):
         return epoch if epochs and not within and epoch % epochs == 0 else None
 
 
-def plan(cfg, images, world):
-    """-> Steps and the peak learning rate. What cannot be run is refused in a sentence."""
-    if cfg.batch_size % (world * cfg.accum):
-        die(f"--batch-size {cfg.batch_size} does not divide among {world} processes x {cfg.accum} accumulation passes")
+def plan(cfg, images, world, repeat=1):
+    """-> Steps and the peak learning rate. repeat: crops of one image in a batch. What cannot be run is refused in a
+    sentence."""
+    if cfg.batch_size % (world * cfg.accum * repeat):
+        die(f"--batch-size {cfg.batch_size} does not divide among {world} processes x {cfg.accum} accumulation passes" +
+            f" x {repeat} crops of an image" * (repeat > 1))
     if images < cfg.batch_size:
         die(f"the training set has {images} images, less than one --batch-size of {cfg.batch_size}: lower it")
     if not cfg.epochs > 0:
@@ -466,7 +470,7 @@ class Log:
     def __init__(self, cfg, rank, device, start, steps, **facts):
         self.path, self.rank, self.device = os.path.join(cfg.out, "log.jsonl"), rank, device
         self.start, self.last, self.steps, self.batch = start, start, steps, cfg.batch_size
-        self.waited, self.since = 0.0, None
+        self.waited, self.since, self.hinted = 0.0, None, False
         if rank == 0:
             try:
                 here = os.path.dirname(os.path.abspath(__file__))
@@ -520,6 +524,10 @@ class Log:
         text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         print(f"step {step}/{self.steps.total}  epoch {step / self.steps.per_epoch:.2f}  {text}  "
               f"{self.batch / each:.0f} img/s  data {100 * wait / each:.0f}%  {memory:.1f} GB  eta {left}", flush=True)
+        if wait > 0.2 * each and not self.hinted:
+            self.hinted = True
+            print(f"hint: {100 * wait / each:.0f}% of a step waits for images; more --workers, a set packed once by "
+                  "`python data.py pack`, or --repeat 2 would help", flush=True)
         self.since, self.waited, self.last = now, 0.0, step
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -75,8 +76,13 @@ def same_state(a, b):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_and_resumed_is_bitwise_the_same(classes, tmp_path, world):
-    """kill -9, another number of workers, SIGTERM, the end: equal to the run that nothing happened to."""
-    args = ["--data", classes, *TINY, "--epochs", 16, "--warmup-epochs", 2]                 # 80 steps
+    """kill -9, another number of workers, SIGTERM, the end: equal to the run that nothing happened to. Two processes
+    read a part of a tar, two crops of each image."""
+    if world == 2:
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            archive.add(classes, "set")
+    more = ["--data", tmp_path / "set.tar", "--repeat", 2, "--fraction", 0.95] if world == 2 else ["--data", classes]
+    args = [*more, *TINY, "--epochs", 16 if world == 1 else 20, "--warmup-epochs", 2]    # 80 steps
     finish(*args, "--out", tmp_path / "whole", world=world)
     assert steps(tmp_path / "whole") == list(range(1, 81))
 

@@ -1,0 +1,518 @@
+"""Where images are: folders, tars in place, tars of tars, torchvision's sets, and what damaged ones get."""
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+
+import data
+import sources
+from data import RandomCrops, open_image
+from sources import Shapes, describe, find, thin
+
+ROOT = Path(__file__).parents[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def test_folder_with_classes(classes):
+    train, val = find(str(classes)), find(str(classes), "val")
+    assert (len(train), len(val), train.classes) == (40, 8, ["a", "b"])
+    assert train.labels.tolist() == [0] * 20 + [1] * 20
+    assert train.name(0).endswith("train/a/000.png") and open_image(train.read(0)).size == (24, 24)
+    assert describe(train).startswith("40 images in 2 classes under")
+
+
+def test_folders_without_labels(tmp_path, classes):
+    write_images(tmp_path / "flat", 3)
+    flat = find(str(tmp_path / "flat"))
+    assert len(flat) == 3 and flat.labels is None and find(str(tmp_path / "flat"), "val") is None
+    nested = find(str(classes / "train"))   # below train/ itself, sub-folders may mean anything
+    assert len(nested) == 40 and nested.labels is None
+    write_images(tmp_path / "parted" / "train", 3)
+    (tmp_path / "parted" / "train" / ".cache").mkdir()          # no class
+    assert find(str(tmp_path / "parted")).labels is None        # train/ without sub-folders
+    write_images(tmp_path / "parted" / "train" / "more", 2)
+    mixed = find(str(tmp_path / "parted"))                      # with images beside sub-folders: none is left out
+    assert len(mixed) == 5 and mixed.labels is None
+
+
+def test_test_folder_serves_as_val(tmp_path):
+    for split in ("train", "test"):
+        write_images(tmp_path / split / "x", 2)
+    assert len(find(str(tmp_path), "val")) == 2
+
+
+def test_links_in_a_circle_and_odd_names(tmp_path):
+    write_images(tmp_path / "yellow lady's slipper é", 2, suffix=".PNG")
+    os.symlink(tmp_path, tmp_path / "yellow lady's slipper é" / "loop")
+    source = find(str(tmp_path))
+    assert len(source) == 2 and open_image(source.read(1)).size == (24, 24)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: p / "absent", "does not exist"),
+    (lambda p: p, "no image found under"),
+    (lambda p: (p / "x.txt").write_text("x") and p, "no image found under"),
+    (lambda p: (p / "file").write_text("x") and p / "file", "is a file, but no tar")])
+def test_mistaken_folders(tmp_path, make, words):
+    with pytest.raises(SystemExit, match=words):
+        find(str(make(tmp_path)))
+
+
+def test_missing_imagenet_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENET", raising=False)
+    with pytest.raises(SystemExit, match=r"\./imagenet .*--demo"):
+        find("imagenet")
+    write_images(tmp_path / "elsewhere", 2)
+    monkeypatch.setenv("IMAGENET", str(tmp_path / "elsewhere"))
+    assert len(find("imagenet")) == 2
+
+
+def test_empty_class(tmp_path):
+    write_images(tmp_path / "train" / "a", 2)
+    (tmp_path / "train" / "b").mkdir()
+    with pytest.raises(SystemExit, match="1 class folders hold no image, first .*b: fill them or remove them"):
+        find(str(tmp_path))
+
+
+def test_shapes():
+    train, val = Shapes(), Shapes("val")
+    assert (len(train), len(val), len(train.classes)) == (10_000, 2_000, 10)
+    pictures = {source.read(i).tobytes() for source in (train, val) for i in range(300)}
+    assert len(pictures) == 600                                 # no two alike, and val is not train
+    assert train.read(17).tobytes() == Shapes().read(17).tobytes()
+    assert np.bincount(train.labels).tolist() == [1000] * 10
+
+
+def test_mean_colour_tells_nothing_about_shapes():
+    train = Shapes(length=2000)
+    x = np.array([np.asarray(train.read(i)).mean((0, 1)) for i in range(2000)])
+    near = np.linalg.norm(x[1000:, None] - x[None, :1000], axis=-1).argmin(1)
+    assert (train.labels[:1000][near] == train.labels[1000:]).mean() < 0.2      # chance is 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tars
+
+
+def tar(path, folder, name=".", format=tarfile.PAX_FORMAT):
+    with tarfile.open(path, "w", format=format) as archive:
+        archive.add(folder, name)
+    return str(path)
+
+
+def same(a, b):
+    assert (len(a), a.classes) == (len(b), b.classes)
+    assert a.labels is b.labels is None or np.array_equal(a.labels, b.labels)
+    assert [a.relative(i) for i in range(len(a))] == [b.relative(i) for i in range(len(b))]
+    assert all(a.read(i) == b.read(i) for i in range(len(a)))
+
+
+@pytest.fixture
+def odd_set(tmp_path):
+    """Names that sort, quote or encode in unexpected ways."""
+    root = tmp_path / "set"
+    for name in ("a", "a-b", "yellow lady's slipper", "é", "long" * 30):
+        write_images(root / "train" / name, 3, side=8)
+        write_images(root / "val" / name, 1, side=8)
+    write_images(root / "train" / "a" / "deeper", 2, side=8)
+    (root / "train" / "a" / "._000.png").write_bytes(b"left by macOS")
+    (root / "train" / "a" / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.mark.parametrize("inside", [".", "set", "./set", "/set"])
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_the_folder(odd_set, tmp_path, inside, format):
+    if format == tarfile.USTAR_FORMAT:
+        os.rename(odd_set / "train" / "é", odd_set / "train" / "e")     # its names are ASCII
+        os.rename(odd_set / "val" / "é", odd_set / "val" / "e")
+    path = tar(tmp_path / "x.tar", odd_set, inside, format)
+    for split in ("train", "val"):
+        same(find(path, split), find(str(odd_set), split))
+    assert "1 .txt" in describe(find(path)) and "1 .txt" in describe(find(str(odd_set)))
+    same(find(path), find(path))                                # the second time from the index
+
+
+def test_tars_in_place_of_folders(odd_set, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    tar(home / "train.tar", odd_set / "train")
+    tar(home / "val.tar", odd_set / "val", "val")
+    for given in (home, home / "train.tar"):
+        for split in ("train", "val"):
+            same(find(str(given), split), find(str(odd_set), split))
+    assert find(tar(tmp_path / "any.tar", odd_set / "train")).classes is None       # as for any other folder
+    assert find(str(tmp_path / "any.tar"), "val") is None
+    write_images(tmp_path / "flat", 3)
+    same(find(tar(tmp_path / "flat.tar", tmp_path / "flat")), find(str(tmp_path / "flat")))
+
+
+def imagenet(odd_set, home):
+    """ImageNet's own files: a tar of one tar per class, a flat val tar, torchvision's list of labels."""
+    home.mkdir()
+    names = sorted(os.listdir(odd_set / "train"))
+    with tarfile.open(home / "ILSVRC2012_img_train.tar", "w") as outer:
+        for name in names:
+            outer.add(tar(odd_set.parent / f"{name[:50]}.tar", odd_set / "train" / name), f"{name}.tar")
+    val = [names[k] for k in (3, 1, 4, 1, 0)]
+    with tarfile.open(home / "ILSVRC2012_img_val.tar", "w") as archive:
+        for k, name in enumerate(val):
+            archive.add(odd_set / "val" / name / "000.png", f"ILSVRC2012_val_{k + 1:08}.png")
+    torch.save(({name: (name,) for name in names}, val), home / "meta.bin")
+    return val
+
+
+def test_imagenets_own_tars(odd_set, tmp_path):
+    home = tmp_path / "home"
+    val = imagenet(odd_set, home)
+    same(find(str(home)), find(str(odd_set)))
+    same(find(str(home / "ILSVRC2012_img_train.tar")), find(str(odd_set)))
+    source = find(str(home), "val")
+    assert source.classes == find(str(home)).classes and [source.classes[k] for k in source.labels] == val
+    (home / "meta.bin").unlink()
+    assert find(str(home), "val").labels is None
+
+
+def test_broken_inner_header(odd_set, tmp_path):
+    imagenet(odd_set, tmp_path / "home")
+    path = tmp_path / "home" / "ILSVRC2012_img_train.tar"
+    with tarfile.open(path) as outer:
+        member = outer.getmembers()[1]
+        with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+            at = member.offset_data + inner.getmembers()[-1].offset
+    file = bytearray(path.read_bytes())
+    file[at + 150] ^= 1                                         # in the checksum
+    path.write_bytes(file)
+    with pytest.raises(SystemExit, match=rf"a-b.tar in .* has a damaged header, at byte {at:,}: get it again"):
+        find(str(path))
+
+
+def test_links_in_a_tar(tmp_path):
+    write_images(tmp_path / "set" / "train" / "a", 2)
+    path = tar(tmp_path / "x.tar", tmp_path / "set")
+    with tarfile.open(path, "a") as archive:
+        for name, kind, target in (("train/a/soft.png", tarfile.SYMTYPE, "../a/000.png"),
+                                   ("train/b/hard.png", tarfile.LNKTYPE, "train/a/001.png"),
+                                   ("train/b/loop.png", tarfile.SYMTYPE, "loop.png")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    source = find(path)
+    assert [source.relative(i) for i in range(4)] == ["a/000.png", "a/001.png", "a/soft.png", "b/hard.png"]
+    assert source.read(2) == source.read(0) and source.read(3) == source.read(1)
+    assert "1 dead links" in describe(source)
+
+
+@pytest.mark.parametrize("mode, tool", [("w:gz", "gunzip"), ("w:bz2", "bunzip2"), ("w:xz", "unxz")])
+def test_compressed_tars_are_refused(classes, tmp_path, mode, tool):
+    with tarfile.open(tmp_path / "x.tar", mode) as archive:     # whatever it is called
+        archive.add(classes, ".")
+    with pytest.raises(SystemExit, match=f"is compressed, .* with {tool} and give the plain tar"):
+        find(str(tmp_path / "x.tar"))
+
+
+def test_a_tar_cut_short_anywhere_is_refused(tmp_path):
+    """No cut goes unnoticed, so no image is missing in silence; beyond the end mark there is nothing to miss."""
+    write_images(tmp_path / "set", 3, side=8)
+    whole = Path(tar(tmp_path / "x.tar", tmp_path / "set")).read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    end += -end % 512
+    for cut in [*range(0, end, 100), *range(512, end + 512, 512), end - 1, end, end + 511]:
+        (tmp_path / "x.tar").write_bytes(whole[:cut])
+        with pytest.raises(SystemExit, match="cut short|damaged header|no tar|no image"):
+            find(str(tmp_path / "x.tar"))
+    (tmp_path / "x.tar").write_bytes(whole[:end + 512])
+    assert len(find(str(tmp_path / "x.tar"))) == 3
+    (tmp_path / "x.tar").write_bytes(whole + whole)
+    with pytest.raises(SystemExit, match="goes on after its end mark"):
+        find(str(tmp_path / "x.tar"))
+
+
+def test_class_folders_without_images_in_a_tar(tmp_path):
+    write_images(tmp_path / "set" / "train" / "a", 2)
+    (tmp_path / "set" / "train" / "b").mkdir()
+    (tmp_path / "set" / "train" / "b" / "readme.txt").write_text("x")
+    with pytest.raises(SystemExit, match="1 class folders hold no image, first .*train/b"):
+        find(tar(tmp_path / "x.tar", tmp_path / "set"))
+    with tarfile.open(tmp_path / "y.tar", "w") as archive:      # without entries for folders
+        for path in sorted((tmp_path / "set").rglob("*.*")):
+            archive.add(path, path.relative_to(tmp_path / "set"))
+    with pytest.raises(SystemExit, match="1 class folders hold no image, first .*train/b"):
+        find(str(tmp_path / "y.tar"))
+
+
+def test_damaged_members_are_replaced_and_named(tmp_path):
+    write_images(tmp_path / "set", 4)
+    (tmp_path / "set" / "001.png").write_bytes(b"not an image")
+    crops = RandomCrops(find(tar(tmp_path / "x.tar", tmp_path / "set")), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
+    img, _, failed = crops[0, 1]
+    assert torch.equal(img, crops[0, 2][0]) and failed.endswith("x.tar/001.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The index of a tar
+
+
+def reads(monkeypatch):
+    """Counts how often a tar is gone through."""
+    calls, contents = [], sources.contents
+    monkeypatch.setattr(sources, "contents", lambda path: calls.append(path) or contents(path))
+    return calls
+
+
+def test_index_is_made_once_and_checked(tmp_path, monkeypatch):
+    write_images(tmp_path / "set", 3)
+    path, calls = tar(tmp_path / "x.tar", tmp_path / "set"), reads(monkeypatch)
+    first = find(path)
+    same(find(path), first)
+    assert len(calls) == 1 and isinstance(find(path).table, np.memmap)     # mapped: no process holds a copy
+    write_images(tmp_path / "set", 4, seed=5)
+    time.sleep(0.01)
+    tar(path, tmp_path / "set")                                 # another tar of this name
+    assert len(find(path)) == 4 and len(calls) == 2
+    same(find(path), find(str(tmp_path / "set")))
+    os.utime(path, ns=(1, 1))                                   # the same size, another date
+    assert len(find(path)) == 4 and len(calls) == 3
+
+
+def test_damaged_index_is_made_again(tmp_path):
+    write_images(tmp_path / "set", 3)
+    path = tar(tmp_path / "x.tar", tmp_path / "set")
+    find(path)
+    index = tmp_path / "x.tar.index"
+    whole = index.read_bytes()
+    for cut in range(0, len(whole), 7):
+        index.write_bytes(whole[:cut])
+        same(find(path), find(str(tmp_path / "set")))
+        assert index.read_bytes() == whole
+    index.write_bytes(b"\xff" * 100)
+    same(find(path), find(str(tmp_path / "set")))
+
+
+def test_index_goes_elsewhere_where_it_must(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "set", 3)
+    path, calls = tar(tmp_path / "x.tar", tmp_path / "set"), reads(monkeypatch)
+    (tmp_path / "x.tar.index").mkdir()                          # nothing can be written there, not even by root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(find(path)) == len(find(path)) == 3 and len(calls) == 1
+    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(find(path)) == 3 and "cannot be kept" in capsys.readouterr().out
+
+
+def test_a_tar_that_shrinks_under_a_run(tmp_path):
+    write_images(tmp_path / "set", 3)
+    path = tar(tmp_path / "x.tar", tmp_path / "set")
+    source = find(path)
+    os.truncate(path, 1000)
+    with pytest.raises(OSError, match="has become shorter"):
+        source.read(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# torchvision's sets, parts of sets
+
+
+def test_every_named_set_is_known_to_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATASETS", str(tmp_path / "nothing"))
+    for name, (make, train, val, *_) in sources.sets().items():
+        for part in train + val:
+            inspect.signature(make).bind("root", download=False, **part)
+        # Some lists need scipy, which is not asked for by anything else.
+        with pytest.raises(SystemExit, match=f"{name} is not whole under .*: give --download, or set DATASETS|scipy"):
+            find(name)
+
+
+def test_official_parts_of_a_named_set(tmp_path, monkeypatch):
+    """DTD as it lies on disk: train and val to train on, test to evaluate on."""
+    base = tmp_path / "dtd" / "dtd"
+    (base / "labels").mkdir(parents=True)
+    for name in ("banded", "zigzagged"):
+        write_images(base / "images" / name, 4, suffix=".jpg", seed=len(name))
+    for split, which in (("train", (0, 1)), ("val", (2,)), ("test", (3,))):
+        lines = [f"{name}/{i:03}.jpg" for name in ("banded", "zigzagged") for i in which]
+        (base / "labels" / f"{split}1.txt").write_text("\n".join(lines))
+    monkeypatch.setenv("DATASETS", str(tmp_path))
+    train, val = find("dtd"), find("dtd", "val")
+    assert train.labels.tolist() == [0, 0, 1, 1, 0, 1] and val.labels.tolist() == [0, 1]
+    assert train.classes == val.classes == ["banded", "zigzagged"]
+    assert train.read(4) == (base / "images" / "banded" / "002.jpg").read_bytes()
+    assert RandomCrops(train, (8, 8), 3, 0, (0.2, 1.0), "bicubic")[0, 5][2] is None
+    monkeypatch.chdir(tmp_path)
+    assert find("dtd/dtd/images").labels is None                # a path is a path
+    assert find("./dtd").labels is None
+
+
+def test_caltech101_gets_thirty_per_class(tmp_path, monkeypatch):
+    for k, name in enumerate(("Faces", "accordion")):
+        write_images(tmp_path / "caltech101" / "101_ObjectCategories" / name, 33, side=8, suffix=".jpg", seed=k)
+        for i in range(33):                                     # torchvision counts from 1
+            folder = tmp_path / "caltech101" / "101_ObjectCategories" / name
+            os.rename(folder / f"{i:03}.jpg", folder / f"image_{i + 1:04}.jpg")
+    (tmp_path / "caltech101" / "101_ObjectCategories" / "BACKGROUND_Google").mkdir()
+    (tmp_path / "caltech101" / "Annotations").mkdir()
+    monkeypatch.setenv("DATASETS", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    train, val = find("caltech101"), find("caltech101", "val")
+    assert np.bincount(train.labels).tolist() == [30, 30] and np.bincount(val.labels).tolist() == [3, 3]
+    assert not set(train.paths) & set(val.paths) and open_image(val.read(0)).size == (8, 8)
+
+
+def test_fractions_are_balanced_and_repeatable():
+    whole = Shapes(length=1000)
+    tenth = thin(whole, 0.1, seed=3)
+    assert np.bincount(tenth.labels).tolist() == [10] * 10 and len(set(tenth.chosen)) == 100
+    assert all(tenth.read(i).tobytes() == whole.read(k).tobytes() for i, k in enumerate(tenth.chosen[:5]))
+    assert np.array_equal(tenth.chosen, thin(whole, 0.1, seed=3).chosen)
+    assert not np.array_equal(tenth.chosen, thin(whole, 0.1, seed=4).chosen)
+    assert np.bincount(thin(whole, 0.001, 0).labels).tolist() == [1] * 10           # every class stays
+    assert thin(whole, 1.0, 0) is whole
+    for wrong in (0.0, 1.5, -1.0, float("nan")):
+        with pytest.raises(SystemExit, match="--fraction is above 0 and at most 1"):
+            thin(whole, wrong, 0)
+
+
+def test_fraction_without_labels(tmp_path):
+    write_images(tmp_path, 10, side=8)
+    assert len(thin(find(str(tmp_path)), 0.3, 0)) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# python data.py pack, python data.py inspect
+
+
+def pack(*args, expect=None):
+    if expect:
+        with pytest.raises(SystemExit, match=expect):
+            data.command_line(["pack", *map(str, args), "--workers", "0"])
+    else:
+        data.command_line(["pack", *map(str, args), "--workers", "0"])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    root = tmp_path_factory.mktemp("large")
+    for split, count in (("train", 8), ("val", 2)):
+        write_images(root / split / "a", count, side=60, suffix=".jpg")
+        write_images(root / split / "b's é", count, side=20, suffix=".png", seed=2)
+    (root / "train" / "a" / "003.jpg").write_bytes(b"damaged")
+    return root
+
+
+def test_packed_is_the_same_set_only_smaller(large, tmp_path, capsys):
+    pack(large, tmp_path / "p.tar", "--short-side", 32, "--quality", 95)
+    out = capsys.readouterr().out
+    assert "packed 19 images" in out and "1 cannot be read and were left out" in out and "003.jpg" in out
+    before, after = find(str(large)), find(str(tmp_path / "p.tar"))
+    assert after.classes == before.classes and np.bincount(after.labels).tolist() == [7, 8]
+    names = [n for n in map(before.relative, range(16)) if n != "a/003.jpg"]
+    assert [after.relative(i) for i in range(15)] == [n if n.endswith("jpg") else n + ".jpg" for n in names]
+    assert {open_image(after.read(i)).size for i in range(7)} == {(32, 32)}
+    assert {open_image(after.read(i)).size for i in range(7, 15)} == {(20, 20)}     # never made larger
+    assert len(find(str(tmp_path / "p.tar"), "val")) == 4
+    small, true = data.decode(after.read(0)), data.resize(data.decode(before.read(0)), (32, 32), "bicubic")
+    assert (small.int() - true.int()).abs().float().mean() < 3
+    assert sorted(os.listdir(tmp_path)) == ["p.tar", "p.tar.index"]
+
+
+def test_what_fits_goes_over_byte_for_byte(large, tmp_path):
+    pack(large, tmp_path / "p.tar", "--short-side", 60)
+    assert find(str(tmp_path / "p.tar")).read(0) == find(str(large)).read(0)
+    write_images(tmp_path / "flat", 3, suffix=".jpg")
+    pack(tmp_path / "flat", tmp_path / "flat.tar")
+    same(find(str(tmp_path / "flat.tar")), find(str(tmp_path / "flat")))
+
+
+def test_pack_interrupted_at_any_byte_goes_on_to_the_same_tar(large, tmp_path, monkeypatch):
+    """Stopped after each image in turn, with what was written since the last note cut anywhere, or rubbish after it."""
+    pack(large, tmp_path / "whole.tar", "--short-side", 32)
+    whole, smaller, rng = (tmp_path / "whole.tar").read_bytes(), data.smaller, np.random.default_rng(0)
+    dest, part, note = (tmp_path / name for name in ("p.tar", "p.tar.part", "p.tar.part.json"))
+    for stop in range(0, 20):
+        def stopping(source, i, folder, *settings, stop=stop):
+            if (folder == "val/") * 16 + i == stop:
+                raise KeyboardInterrupt
+            return smaller(source, i, folder, *settings)
+        monkeypatch.setattr(data, "smaller", stopping)
+        pack(large, dest, "--short-side", 32, expect="stopped: the same command goes on")
+        monkeypatch.setattr(data, "smaller", smaller)
+        assert not dest.exists()
+        told = json.loads(note.read_text())
+        assert told["bytes"] == part.stat().st_size and whole.startswith(part.read_bytes())
+        if stop % 2:                                            # as a kill would leave it: more than the note knows
+            extra = int(rng.integers(1, 2000))
+            part.write_bytes(part.read_bytes() + whole[told["bytes"]:told["bytes"] + extra])
+        elif stop % 3:
+            part.write_bytes(part.read_bytes() + rng.bytes(700))
+        pack(large, dest, "--short-side", 32)
+        assert dest.read_bytes() == whole
+        assert not part.exists() and not note.exists()
+        dest.unlink()
+
+
+def test_damaged_notes_of_a_pack_start_it_anew(large, tmp_path):
+    pack(large, tmp_path / "whole.tar", "--short-side", 32)
+    whole = (tmp_path / "whole.tar").read_bytes()
+    for part, note in ((whole[:5000], ""), (whole[:5000], "{}"), (whole[:100], None), (b"", "[]")):
+        (tmp_path / "p.tar.part").write_bytes(part)
+        if note is not None:
+            (tmp_path / "p.tar.part.json").write_text(note)
+        pack(large, tmp_path / "p.tar", "--short-side", 32)
+        assert (tmp_path / "p.tar").read_bytes() == whole
+        (tmp_path / "p.tar").unlink()
+
+
+def test_killed_pack_goes_on(large, tmp_path):
+    """A real process, kill -9 at several moments."""
+    pack(large, tmp_path / "whole.tar", "--short-side", 32)
+    code = ("import data, time; say = data.smaller\n"
+            "def slow(*a):\n    time.sleep(0.03); return say(*a)\n"
+            "data.smaller = slow; data.command_line()")
+    command = [sys.executable, "-c", code, "pack", large, tmp_path / "p.tar", "--short-side", "32", "--workers", "1"]
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.2)
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "p.tar").exists()
+    pack(large, tmp_path / "p.tar", "--short-side", 32)
+    assert (tmp_path / "p.tar").read_bytes() == (tmp_path / "whole.tar").read_bytes()
+
+
+def test_mistaken_packs(large, tmp_path):
+    pack(large, tmp_path / "p.zip", expect="ends in .tar")
+    pack(large, tmp_path / "p.tar", "--quality", 0, expect="--quality 1 to 100")
+    pack(tmp_path / "nothing", tmp_path / "p.tar", expect="does not exist")
+    (tmp_path / "p.tar").write_bytes(b"precious")
+    pack(large, tmp_path / "p.tar", expect="p.tar exists: move it away")
+    assert (tmp_path / "p.tar").read_bytes() == b"precious"
+    dest = tmp_path / "q.tar"
+    (tmp_path / "q.tar.part").write_bytes(b"")
+    note = dict(settings=dict(format=1, short_side=99), done=0, bytes=0, left_out=[])
+    (tmp_path / "q.tar.part.json").write_text(json.dumps(note))
+    pack(large, dest, "--short-side", 32, expect="begun with other settings or images .*short_side")
+
+
+def test_inspect(large, tmp_path, capsys):
+    assert data.command_line(["inspect", str(large), "--workers", "0"]) == 1
+    out = capsys.readouterr().out
+    for words in ("train: 16 images in 2 classes", "val: 4 images", "short side 20 to 60 pixels", "7 JPEG RGB",
+                  "8 PNG RGB", "classes of 8 (a) to 8 (a)", "1 images cannot be read", "003.jpg: "):
+        assert words in out, out
+    write_images(tmp_path / "good", 2)
+    assert data.command_line(["inspect", str(tmp_path / "good"), "--workers", "0"]) == 0
