@@ -1,10 +1,13 @@
 """
-Speed as ratios: a row times our step and a textbook step in the same process, in turns, and reports the median ratio.
+Speed as ratios: a row times ours and the textbook's in the same process, in turns, and reports the median ratio.
 
-python bench.py                     every row that fits this machine; writes results/bench-DATE-MACHINE.json
-python bench.py --batch 64          fewer batch sizes
+python bench.py --data imagenet      every row that fits this machine; writes results/bench-DATE-MACHINE.json
+python bench.py step                 the optimizer step alone, on fixed images
+python bench.py input --data TAR     files to normalised float batches, alone: from the files as they are, and packed
+python bench.py both --data TAR      step and input together: how much of a step waits for images
 The textbook (tests/textbook.py) is MAE from timm's blocks as the official code does it: embed all, decode all, predict
-all, plain AdamW; on a GPU it runs as that code runs: eager, fp16 autocast, GradScaler, the loss read at every step.
+all, plain AdamW; on a GPU it runs as that code runs: eager, fp16 autocast, GradScaler, the loss read at every step. Its
+input is Pillow's decoding, then torchvision's RandomResizedCrop (bicubic), flip, ToTensor, Normalize in a DataLoader.
 """
 import argparse
 import datetime
@@ -15,18 +18,22 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import training
+from augment import IMAGENET_MEAN, IMAGENET_STD, normalize, random_flip
 from mae import MAE, RECIPES
+from sources import describe, find
 from vit import MODELS, ViT
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
-from textbook import TextbookMAE  # noqa: E402
+from textbook import TextbookImages, TextbookMAE  # noqa: E402
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
@@ -58,7 +65,7 @@ def build(kind, model):
 
 
 def make_step(kind, model, batch, device, dtype, compiled):
-    """One optimizer step as a function without arguments, on fixed random images."""
+    """One optimizer step as a function, of images or else on fixed random ones."""
     module, loss_of = build(kind, model)
     module.to(device)
     if compiled:
@@ -67,10 +74,10 @@ def make_step(kind, model, batch, device, dtype, compiled):
     optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True if kind == "ours" else None)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     size, patch = 224, MODELS[model]["patch_size"]
-    img = torch.randn(batch, 3, size, size, device=device)
+    fixed = torch.randn(batch, 3, size, size, device=device)
     noise = torch.rand(batch, (size // patch) ** 2, device=device)
 
-    def step():
+    def step(img=fixed):
         with training.autocast(device, dtype):
             loss = loss_of(img, noise)
         scaler.scale(loss).backward()
@@ -174,8 +181,117 @@ def row(a, batch, ours, textbook):
     return result
 
 
+def step_rows(a):
+    print("| batch | ours | textbook | images/s | ratio (lowest-highest) | memory | share of matmul peak |")
+    print("|---" * 7 + "|")
+    if a.device.type == "cuda":
+        official = ("fp16", False)
+        pairs = [(("bf16", True), official), (("bf16", False), official), (("bf16", True), ("bf16", True))]
+        rows = [row(a, batch, *pair) for pair in pairs for batch in a.batch]
+    else:
+        middle = a.batch[len(a.batch) // 2]
+        rows = [row(a, batch, ("fp32", False), ("fp32", False)) for batch in a.batch]
+        rows += [row(a, middle, pair, pair) for pair in (("fp32", True), ("bf16", False), ("bf16", True))]
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Input
+
+
+def batches_of(kind, source, batch, count, workers, device):
+    """Endless-looking normalised float batches on the device, `count` of them."""
+    order = torch.randperm(count * batch, generator=torch.Generator().manual_seed(0)) % len(source)
+    if kind == "textbook":
+        for img, _ in torch.utils.data.DataLoader(TextbookImages(source), batch, sampler=order.tolist(), drop_last=True,
+                                                  num_workers=workers, pin_memory=device.type == "cuda"):
+            yield img.to(device, non_blocking=True)
+        return
+    crops = data.RandomCrops(source, (224, 224), 3, 0, (0.08, 1.0), "bicubic")
+    plan = [[(0, i) for i in part] for part in order.view(count, batch).tolist()]
+    for img, _, failed in data.load(crops, plan, workers, device.type == "cuda"):
+        assert not failed, failed
+        yield normalize(random_flip(img.to(device, non_blocking=True)), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def timed(batches, skip, device):
+    """Images per second, after `skip` batches in which the workers start."""
+    count = 0
+    for i, img in enumerate(batches):
+        if i == skip - 1:
+            synchronize(device)
+            began = time.perf_counter()
+        elif i >= skip:
+            count += len(img)
+    synchronize(device)
+    return count / (time.perf_counter() - began)
+
+
+def input_rows(a, original, packed):
+    """Ours from originals and packed, with each decoder, against the textbook from the originals and the packed."""
+    rows, found = [], data.decode_jpeg
+    print("| workers | ours | images/s | textbook, from originals | ratio (lowest-highest) | from packed | ratio |")
+    print("|---" * 7 + "|")
+    for workers in a.workers:
+        skip = 2 * workers + 1
+        for name, source in (("originals", original), ("packed", packed)):
+            for decode_jpeg in ([found] if found else []) + [None]:
+                data.decode_jpeg, rates = decode_jpeg, {}
+                for _ in range(a.pairs // 2 + 1):
+                    for key, kind, images in (("ours", "ours", source), ("originals", "textbook", original),
+                                              ("packed", "textbook", packed)):
+                        batches = batches_of(kind, images, 64, skip + 12 * workers, workers, a.device)
+                        rates.setdefault(key, []).append(timed(batches, skip, a.device))
+                r = dict(workers=workers, images=name, decoder=data.decoder(),
+                         img_s={k: round(statistics.median(v), 1) for k, v in rates.items()})
+                for k in ("originals", "packed"):
+                    r[f"ratios_{k}"] = sorted(round(o / t, 2) for o, t in zip(rates["ours"], rates[k]))
+                    r[f"ratio_{k}"] = statistics.median(r[f"ratios_{k}"])
+                span = r["ratios_originals"]
+                speed = [f"{r['img_s'][k]:.0f}" for k in ("ours", "originals", "packed")]
+                print(f"| {workers} | {name}, {r['decoder']} | {speed[0]} | {speed[1]} | "
+                      f"**{r['ratio_originals']:.2f}** ({span[0]:.2f}-{span[-1]:.2f}) | {speed[2]} | "
+                      f"{r['ratio_packed']:.2f} |", flush=True)
+                rows.append(r)
+    data.decode_jpeg = found
+    return rows
+
+
+def both_rows(a, original, packed):
+    """MAE's step fed by the input path: images per second, and the share of the time that is waiting."""
+    rows, gpu = [], a.device.type == "cuda"
+    batch, steps, workers = (512, 60, a.workers[-1]) if gpu else (64, 8, 1)
+    print("| ours | images | images/s | waiting | textbook, from originals | waiting | ratio |\n" + "|---" * 7 + "|")
+    for name, source in (("originals", original), ("packed", packed)):
+        found = {}
+        for kind, images, dtype in (("ours", source, "bf16" if gpu else "fp32"),
+                                    ("textbook", original, "fp16" if gpu else "fp32")):
+            step, waited, rates = make_step(kind, a.model, batch, a.device, dtype, gpu and kind == "ours"), 0.0, 0
+            batches = batches_of(kind, images, batch, steps + 3, workers, a.device)
+            for i in range(steps + 3):
+                if i == 3:
+                    synchronize(a.device)
+                    began, waited = time.perf_counter(), 0.0
+                asked = time.perf_counter()
+                img = next(batches)
+                waited += time.perf_counter() - asked
+                step(img)
+            synchronize(a.device)
+            rates = time.perf_counter() - began
+            found[kind] = dict(img_s=round(batch * steps / rates, 1), waiting=round(waited / rates, 3))
+        ratio = round(found["ours"]["img_s"] / found["textbook"]["img_s"], 2)
+        rows.append(dict(images=name, batch=batch, workers=workers, ratio=ratio, **found))
+        print(f"| batch {batch}, {workers} workers | {name} | {found['ours']['img_s']:.0f} | "
+              f"{found['ours']['waiting']:.0%} | {found['textbook']['img_s']:.0f} | {found['textbook']['waiting']:.0%} "
+              f"| {ratio:.2f} |", flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help="step, input, both [all; step alone where there is no --data]")
+    parser.add_argument("--data", help="images for input and both [imagenet, if it is there]")
+    parser.add_argument("--workers", type=int, nargs="+", help="decoding processes [1 2; 16 on a GPU machine]")
     parser.add_argument("--model", default="vit_tiny", choices=[m for m in MODELS if m != "vit_mini"])
     parser.add_argument("--batch", type=int, nargs="+", help="images per step [16 64 256 on a CPU, 256 1024 on a GPU]")
     parser.add_argument("--pairs", type=int, default=7, help="how often each step is timed")
@@ -189,26 +305,31 @@ def main():
     torch.set_num_threads(a.threads)
     gpu = a.device.type == "cuda"
     a.batch = a.batch or ([256, 1024] if gpu else [16, 64, 256])
+    a.workers = a.workers or ([16] if gpu else [1, 2])
+    found = a.data or os.path.exists(os.environ.get("IMAGENET", "imagenet"))
+    a.what = a.what or ["step", "input", "both"] if found else ["step"]
     a.gflop = {kind: gflop(kind, a.model) for kind in ("ours", "textbook")}
     a.peak = {name: matmul_peak(a.device, DTYPES[name]) for name in ("fp32", "bf16", *(["fp16"] if gpu else []))}
     facts = dict(date=str(datetime.date.today()), machine=machine(), torch=str(torch.__version__), threads=a.threads,
                  model=a.model, command=" ".join(sys.argv), gflop_per_image=a.gflop, matmul_peak_gflop_s=a.peak)
     print(json.dumps(facts, indent=1))
-    print("| batch | ours | textbook | images/s | ratio (lowest-highest) | memory | share of matmul peak |")
-    print("|---" * 7 + "|")
-    if gpu:
-        official = ("fp16", False)
-        pairs = [(("bf16", True), official), (("bf16", False), official), (("bf16", True), ("bf16", True))]
-        rows = [row(a, batch, *pair) for pair in pairs for batch in a.batch]
-    else:
-        middle = a.batch[len(a.batch) // 2]
-        rows = [row(a, batch, ("fp32", False), ("fp32", False)) for batch in a.batch]
-        rows += [row(a, middle, pair, pair) for pair in (("fp32", True), ("bf16", False), ("bf16", True))]
+    rows = {}
+    if "step" in a.what:
+        rows["step"] = step_rows(a)
+    if "input" in a.what or "both" in a.what:
+        original = find(a.data or "imagenet")
+        with tempfile.TemporaryDirectory() as folder:
+            packed = os.path.join(folder, "packed.tar")
+            data.command_line(["pack", a.data or "imagenet", packed])
+            facts["images"] = describe(original)
+            for name, measure in (("input", input_rows), ("both", both_rows)):
+                if name in a.what:
+                    rows[name] = measure(a, original, find(packed))
     name = re.sub(r"[^A-Za-z0-9]+", "-", facts["machine"]).strip("-")
     path = os.path.join("results", f"bench-{facts['date']}-{name}.json")
     os.makedirs("results", exist_ok=True)
     with open(path, "w") as f:
-        json.dump(dict(facts, rows=rows), f, indent=1)
+        json.dump(dict(facts, **rows), f, indent=1)
     print(f"wrote {path}")
 
 

@@ -1,9 +1,12 @@
 """Plain forms of the methods, for comparison only: tests check our numbers against them, bench.py our speed."""
+import io
 from functools import partial
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import nn
+from torchvision import transforms
 
 
 class TextbookMAE(nn.Module):
@@ -55,3 +58,21 @@ class TextbookMAE(nn.Module):
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         mask = (restore >= keep).float()                                                        # 1 = hidden
         return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum(), pred, mask
+
+
+class TextbookImages(torch.utils.data.Dataset):
+    """The input path as it is usually written: Pillow, torchvision's transforms, one float tensor per image."""
+
+    def __init__(self, source, size=224, scale=(0.08, 1.0)):
+        self.source = source
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(size, scale, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        img = Image.open(io.BytesIO(self.source.read(i))).convert("RGB")
+        return self.transform(img), 0 if self.source.labels is None else int(self.source.labels[i])
