@@ -100,7 +100,7 @@ class Tar:
 
     def __init__(self, path, inside="", labelled=False):
         self.path, self.inside, self.fd = path, inside + "/" * bool(inside), None
-        self.where, (facts, table) = os.path.join(path, inside), index(path)
+        self.where, (facts, table) = os.path.join(path, inside) if inside else path, index(path)
         mine, first = Counter(), len(table)                     # images by sub-folder; where in the table they begin
         for top, sub, count, start in facts["folders"]:
             if not inside or top == inside:

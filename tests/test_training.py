@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -268,6 +269,11 @@ def test_other_methods_data_and_processes(tmp_path, capsys):
     torch.save(state | dict(world=4), tmp_path / "last.pt")
     assert run_in(tmp_path).step == 7
     assert "no longer the same bit for bit" in capsys.readouterr().out
+    del state["config"]["norm_pix"]                             # from before there was this option
+    torch.save(state, tmp_path / "last.pt")
+    assert run_in(tmp_path).step == 7
+    with pytest.raises(SystemExit, match="norm_pix was True, is False"):
+        run_in(tmp_path, norm_pix=False)
 
 
 def test_checkpoints_are_plain(tmp_path):
@@ -296,6 +302,20 @@ def test_a_signal_stops_at_the_next_step(tmp_path):
     with pytest.raises(SystemExit) as stop:
         health.leave("signal", run_in(tmp_path), 3, nn.Linear(1, 1), torch.tensor(0.0), None)
     assert stop.value.code == 0
+
+
+def test_waiting_for_images_is_named_once(tmp_path, capsys):
+    for slow, said in ((False, 0), (True, 1)):
+        log = Log(Config(out=str(tmp_path)), 0, torch.device("cpu"), 0, Steps(100, 0, 10))
+
+        def batches(slow=slow):
+            for _ in range(9):
+                time.sleep(0.01 * slow)
+                yield 1
+        for step, _ in enumerate(log.waiting(batches())):
+            time.sleep(0.01)
+            log(step + 1, loss=1.0)
+        assert capsys.readouterr().out.count("of a step waits for images; more --workers") == said
 
 
 def test_a_second_interrupt_means_now(tmp_path, monkeypatch):
