@@ -3,6 +3,7 @@ Speed as ratios: a row times ours and the textbook's in the same process, in tur
 
 python bench.py --data imagenet      every row that fits this machine; writes results/bench-DATE-MACHINE.json
 python bench.py step                 the optimizer step alone, on fixed images
+python bench.py distill              the same with a ViT-Base teacher (D-MAE)
 python bench.py input --data TAR     files to normalised float batches, alone: from the files as they are, and packed
 python bench.py both --data TAR      step and input together: how much of a step waits for images
 The textbook (tests/textbook.py) is MAE from timm's blocks as the official code does it: embed all, decode all, predict
@@ -28,14 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import training
 from augment import IMAGENET_MEAN, IMAGENET_STD, normalize, random_flip
-from mae import MAE, RECIPES
+from distill import Lesson, Teacher
+from mae import MAE, RECIPES, Distilled
 from sources import describe, find
 from vit import MODELS, ViT
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
-from textbook import TextbookImages, TextbookMAE  # noqa: E402
-
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+from textbook import TextbookDistilled, TextbookImages, TextbookMAE  # noqa: E402
 
 
 def machine():
@@ -51,23 +51,37 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def build(kind, model):
-    """The two MAEs of a preset, with the same numbers in them. Returns (module, images -> loss)."""
+def build(kind, model, teacher, device, dtype):
+    """The two MAEs of a preset, with the same numbers in them, or D-MAEs with the teacher of a file. Returns (module,
+    images and noise -> loss, images and noise -> the teacher's signals)."""
     shape, r = MODELS[model], RECIPES[model]
     decoder = {k: r[k] for k in ("decoder_dim", "decoder_depth", "decoder_heads")}
     torch.manual_seed(0)
     ours = MAE(ViT(**shape), **decoder)
     if kind == "ours":
-        return ours, lambda img, noise: ours(img, noise)
+        if not teacher:
+            return ours.to(device), lambda img, noise: ours(img, noise), None
+        wise = Teacher(teacher, None, "attention", None, ours.config, IMAGENET_MEAN, IMAGENET_STD, device,
+                       training.DTYPES[dtype], str)
+        both = Distilled(ours, Lesson(ours.config, wise.shape, wise.pairs)).to(device)
+
+        def hear(img, noise):
+            order, visible = ours.shuffle(img, noise)
+            return wise(img, order[:, :visible])
+        return both, lambda img, noise: both(img, noise, hear(img, noise)).sum(), hear
     textbook = TextbookMAE(**shape, **decoder)
     textbook.load_state_dict(ours.state_dict())
-    return textbook, lambda img, noise: textbook(img, noise)[0]
+    if not teacher:
+        return textbook.to(device), lambda img, noise: textbook(img, noise)[0], None
+    base = TextbookMAE(**MODELS["vit_base"]).to(device)
+    base.load_state_dict(torch.load(teacher)["model"], strict=False)
+    both = TextbookDistilled(textbook, base, shape["heads"], MODELS["vit_base"]["heads"]).to(device)
+    return both, both, None
 
 
-def make_step(kind, model, batch, device, dtype, compiled):
+def make_step(kind, model, batch, device, dtype, compiled, teacher=None):
     """One optimizer step as a function, of images or else on fixed random ones."""
-    module, loss_of = build(kind, model)
-    module.to(device)
+    module, loss_of, hear = build(kind, model, teacher, device, dtype)
     if compiled:
         module.compile(dynamic=False)
     groups = training.decay_groups(module, 0.05)
@@ -90,12 +104,13 @@ def make_step(kind, model, batch, device, dtype, compiled):
         optimizer.zero_grad()
         return loss
 
+    step.hear = lambda: hear(fixed, noise)
     return step
 
 
-def gflop(kind, model):
+def gflop(kind, model, teacher=None):
     """Forward and backward of one image, in GFLOP; attention counted as its matrix products."""
-    module, loss_of = build(kind, model)
+    loss_of = build(kind, model, teacher, torch.device("cpu"), "fp32")[1]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss_of(torch.randn(2, 3, 224, 224), torch.rand(2, (224 // MODELS[model]["patch_size"]) ** 2)).backward()
     return counter.get_total_flops() / 2e9
@@ -118,12 +133,12 @@ def memory(kind, a, dtype, compiled, batch):
     """Peak memory of training steps in MB: on a GPU all of it; on a CPU what they add, in a process of their own."""
     if a.device.type == "cuda":
         before = torch.cuda.memory_allocated()
-        step = make_step(kind, a.model, batch, a.device, dtype, compiled)
+        step = make_step(kind, a.model, batch, a.device, dtype, compiled, a.teacher)
         torch.cuda.reset_peak_memory_stats()
         step(), step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     args = ["--memory", kind, dtype, "compiled" if compiled else "eager", "--threads", str(a.threads),
-            "--model", a.model, "--batch", str(batch)]
+            "--model", a.model, "--batch", str(batch), *(["--teacher", a.teacher] if a.teacher else [])]
     # glibc is told to give freed memory back at once: what it would keep depends on luck, not on the step.
     at_once = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
     done = subprocess.run([sys.executable, __file__, *args], env=os.environ | at_once, capture_output=True, text=True)
@@ -141,7 +156,7 @@ def measure_memory(a):
     """The child of `memory`: prints how far two steps raised this process's peak."""
     torch.set_num_threads(a.threads)
     kind, dtype, compiled = a.memory
-    step = make_step(kind, a.model, a.batch[0], torch.device("cpu"), dtype, compiled == "compiled")
+    step = make_step(kind, a.model, a.batch[0], torch.device("cpu"), dtype, compiled == "compiled", a.teacher)
     before = resident("VmRSS")
     step(), step()
     print(resident("VmHWM") - before)
@@ -150,7 +165,7 @@ def measure_memory(a):
 def row(a, batch, ours, textbook):
     """One comparison; ours and textbook are (dtype name, compiled)."""
     torch._dynamo.reset()                                       # so that each row compiles for its own shapes
-    steps = {kind: make_step(kind, a.model, batch, a.device, dtype, compiled)
+    steps = {kind: make_step(kind, a.model, batch, a.device, dtype, compiled, a.teacher)
              for kind, (dtype, compiled) in (("textbook", textbook), ("ours", ours))}
     times = {kind: [] for kind in steps}
     for _ in range(2):
@@ -163,8 +178,15 @@ def row(a, batch, ours, textbook):
             step()
             synchronize(a.device)
             times[kind].append(time.perf_counter() - began)
+    if a.teacher:
+        times["teacher"] = []
+        for _ in range(a.pairs):
+            began = time.perf_counter()
+            steps["ours"].hear()
+            synchronize(a.device)
+            times["teacher"].append(time.perf_counter() - began)
     del steps, step
-    result = dict(batch=batch, ours=f"{ours[0]} {'compiled' if ours[1] else 'eager'}",
+    result = dict(batch=batch, gflop=a.gflop, ours=f"{ours[0]} {'compiled' if ours[1] else 'eager'}",
                   textbook=f"{textbook[0]} {'compiled' if textbook[1] else 'eager'}",
                   ratios=sorted(round(t / o, 3) for t, o in zip(times["textbook"], times["ours"])))
     result["speed_ratio"] = round(statistics.median(result["ratios"]), 3)
@@ -173,8 +195,12 @@ def row(a, batch, ours, textbook):
         result[f"img_s_{kind}"] = round(rate, 1)
         result[f"peak_share_{kind}"] = round(rate * a.gflop[kind] / a.peak[dtype], 3)
         result[f"memory_mb_{kind}"] = round(memory(kind, a, dtype, compiled, batch))
+    if a.teacher:
+        result["teacher_share"] = round(statistics.median(times["teacher"]) / statistics.median(times["ours"]), 3)
     result["memory_ratio"] = round(result["memory_mb_ours"] / result["memory_mb_textbook"], 3)
     r = argparse.Namespace(**result)
+    if a.teacher:
+        print(f"the teacher's share of our next step: {r.teacher_share:.0%}")
     print(f"| {batch} | {r.ours} | {r.textbook} | {r.img_s_ours:.0f} / {r.img_s_textbook:.0f} "
           f"| **{r.speed_ratio:.2f}** ({r.ratios[0]:.2f}-{r.ratios[-1]:.2f}) | {r.memory_ratio:.2f} "
           f"| {r.peak_share_ours:.0%} / {r.peak_share_textbook:.0%} |", flush=True)
@@ -182,6 +208,9 @@ def row(a, batch, ours, textbook):
 
 
 def step_rows(a):
+    """The optimizer step of MAE, or with a.teacher of D-MAE."""
+    a.gflop = {kind: gflop(kind, a.model, a.teacher) for kind in ("ours", "textbook")}
+    print(f"GFLOP per image, forward and backward: {a.gflop['ours']:.2f} ours, {a.gflop['textbook']:.2f} textbook")
     print("| batch | ours | textbook | images/s | ratio (lowest-highest) | memory | share of matmul peak |")
     print("|---" * 7 + "|")
     if a.device.type == "cuda":
@@ -191,7 +220,8 @@ def step_rows(a):
     else:
         middle = a.batch[len(a.batch) // 2]
         rows = [row(a, batch, ("fp32", False), ("fp32", False)) for batch in a.batch]
-        rows += [row(a, middle, pair, pair) for pair in (("fp32", True), ("bf16", False), ("bf16", True))]
+        if not a.teacher:
+            rows += [row(a, middle, pair, pair) for pair in (("fp32", True), ("bf16", False), ("bf16", True))]
     return rows
 
 
@@ -289,7 +319,7 @@ def both_rows(a, original, packed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="step, input, both [all; step alone where there is no --data]")
+    parser.add_argument("what", nargs="*", help="step, distill, input, both [all; without --data, step and distill]")
     parser.add_argument("--data", help="images for input and both [imagenet, if it is there]")
     parser.add_argument("--workers", type=int, nargs="+", help="decoding processes [1 2; 16 on a GPU machine]")
     parser.add_argument("--model", default="vit_tiny", choices=[m for m in MODELS if m != "vit_mini"])
@@ -298,6 +328,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--teacher", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.memory:
         return measure_memory(a)
@@ -307,15 +338,22 @@ def main():
     a.batch = a.batch or ([256, 1024] if gpu else [16, 64, 256])
     a.workers = a.workers or ([16] if gpu else [1, 2])
     found = a.data or os.path.exists(os.environ.get("IMAGENET", "imagenet"))
-    a.what = a.what or ["step", "input", "both"] if found else ["step"]
-    a.gflop = {kind: gflop(kind, a.model) for kind in ("ours", "textbook")}
-    a.peak = {name: matmul_peak(a.device, DTYPES[name]) for name in ("fp32", "bf16", *(["fp16"] if gpu else []))}
+    a.what = a.what or ["step", "distill"] + ["input", "both"] * bool(found)
+    names = ("fp32", "bf16", "fp16") if gpu else ("fp32", "bf16")
+    a.peak = {name: matmul_peak(a.device, training.DTYPES[name]) for name in names}
     facts = dict(date=str(datetime.date.today()), machine=machine(), torch=str(torch.__version__), threads=a.threads,
-                 model=a.model, command=" ".join(sys.argv), gflop_per_image=a.gflop, matmul_peak_gflop_s=a.peak)
+                 model=a.model, command=" ".join(sys.argv), matmul_peak_gflop_s=a.peak)
     print(json.dumps(facts, indent=1))
     rows = {}
     if "step" in a.what:
         rows["step"] = step_rows(a)
+    if "distill" in a.what:
+        with tempfile.TemporaryDirectory() as folder:
+            a.teacher, batches = os.path.join(folder, "base.pth"), a.batch
+            a.batch = a.batch if gpu else [16, 64]
+            torch.save(dict(model=ViT(**MODELS["vit_base"]).state_dict()), a.teacher)
+            rows["distill"] = step_rows(a)
+            a.teacher, a.batch = None, batches
     if "input" in a.what or "both" in a.what:
         original = find(a.data or "imagenet")
         with tempfile.TemporaryDirectory() as folder:

@@ -311,6 +311,14 @@ def load(dataset, batches, workers, pin=False):
                                        generator=torch.Generator())
 
 
+def stream(cfg, source, size, world, rank, start, steps, device):
+    """The random crops of optimizer steps start..steps-1 and their accumulation parts, for this rank: uint8 images on
+    their way to the device, labels, names of unreadable files. Every script that trains on crops has these options."""
+    crops = CROPS[cfg.decode](source, size, cfg.in_chans, cfg.seed, (cfg.min_crop, 1.0), cfg.interpolation, cfg.repeat)
+    order = keys(len(source), cfg.batch_size, cfg.accum, world, rank, cfg.seed, start, steps, cfg.repeat)
+    return crops.finish(load(crops, order, cfg.workers, pin=device.type == "cuda"), device)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # python data.py inspect, python data.py pack
 

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2111.06377, for lightweight networks https://arxiv.org/abs
 One node:   torchrun --standalone --nproc_per_node=8 mae.py --data imagenet --out out/mae
 One GPU:    python mae.py --data imagenet --out out/mae --accum 8
 To try it:  python mae.py --demo
+A teacher:  torchrun ... mae.py --distill-teacher mae_pretrain_vit_base.pth (D-MAE; --distill decoupled: D2-MAE)
 Pictures:   python mae.py --visualize out/mae/last.pt --images some/folder
 Preempted:  type the same command again
 Expected:   not run yet at full size; the demo's last lines are in the README
@@ -22,9 +23,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import training
 from augment import denormalize, normalize, random_flip, statistics
-from data import CROPS, CenterCrops, keys, load
+from data import CROPS, CenterCrops, stream
+from distill import TEACHER, Lesson, Teacher, before, decouple, features, guess, released, rows
 from probe import probe
-from sources import describe, find, thin
+from sources import describe, find, parts, same_classes
 from training import Plumbing, opt
 from vit import MODELS, Block, ViT, cut, pair, pick, sincos_positions
 from weights import load_into, read, shape_of
@@ -56,6 +58,12 @@ class Config(Plumbing):
     blr: float = opt(1.5e-4, "peak learning rate per 256 images of the batch", 0)
     lr: float | None = opt(None, "peak learning rate itself, instead of blr", 0)
     weight_decay: float = opt(0.05, "AdamW's weight decay; none on biases and 1-D parameters", 0)
+    distill_teacher: str | None = opt(None, "file of a ViT that the student also learns from (D-MAE); any layout")
+    teacher_heads: int | None = opt(None, "attention heads of the teacher, where its file does not say", 1)
+    distill: str | None = opt(None, "attention, hidden (states) or decoupled (D2-MAE) (default: attention)")
+    distill_layers: tuple[str, ...] | None = opt(None, "STUDENT:TEACHER layers, as 12:24 (default: the last of both)")
+    distill_weight: float = opt(1.0, "weight of each distilled layer's error, beside the pixels' 1", 0)
+    distill_tap: int | None = opt(None, "decoupled: blocks below the pixel decoder (default: two thirds, 8 of 12)", 1)
     clip_grad: float | None = opt(None, "largest gradient norm (default: no clipping)", 0)
     init: str | None = opt(None, "checkpoint whose weights a new run starts from")
     probe_every: int = opt(0, "epochs between k-NN and linear probes, where the data has labels and val/; 0: none", 0)
@@ -64,12 +72,14 @@ class Config(Plumbing):
     images: str | None = opt(None, "folder of images to draw, with --visualize")
 
 
-# MAE-Lite's recipe for Tiny and Small, the official one for the rest. vit_mini is ours, for images of 32 to 64 pixels.
+# MAE-Lite's recipe for Tiny and Small, the official one for the rest. vit_mini and vit_midi are ours, for 32 to 64
+# pixels.
 LITE = dict(epochs=400, warmup_epochs=40, min_crop=0.08, interpolation="random")
 OFFICIAL = dict(epochs=800, warmup_epochs=40, min_crop=0.2, interpolation="bicubic",
                 decoder_dim=512, decoder_depth=8, decoder_heads=16)
 RECIPES = {
     "vit_mini": dict(OFFICIAL, epochs=200, warmup_epochs=20, decoder_dim=64, decoder_depth=1, decoder_heads=4),
+    "vit_midi": dict(OFFICIAL, epochs=200, warmup_epochs=20, decoder_dim=64, decoder_depth=1, decoder_heads=4),
     "vit_tiny": dict(LITE, decoder_dim=96, decoder_depth=1, decoder_heads=3),
     "vit_small": dict(LITE, decoder_dim=192, decoder_depth=1, decoder_heads=6),
     "vit_base": OFFICIAL, "vit_large": OFFICIAL, "vit_huge": OFFICIAL,
@@ -97,15 +107,15 @@ class MAE(ViT):
 
     vit: a ViT with readout "cls"; it hands over its parts, under their own names, so that the state dict is the
     published one. norm_pix: targets are standardised patch by patch, with the unbiased variance + 1e-6 over all p*p*C
-    values.
+    values. tap: the decoder reads the tokens after this many blocks (default: all).
     """
 
-    def __init__(self, vit, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix=True, mask_ratio=0.75):
+    def __init__(self, vit, decoder_dim=96, decoder_depth=1, decoder_heads=3, norm_pix=True, mask_ratio=0.75, tap=None):
         nn.Module.__init__(self)                                # not ViT's: the encoder is already built
         for name, part in (*vit.named_parameters(recurse=False), *vit.named_children()):
             setattr(self, name, part)
         self.config, self.grid, self.patch_size = vit.config, vit.grid, vit.patch_size
-        self.resize_offset, self.readout, self.norm_pix = vit.resize_offset, vit.readout, norm_pix
+        self.resize_offset, self.readout, self.norm_pix, self.tap = vit.resize_offset, vit.readout, norm_pix, tap
         self.patches = self.grid[0] * self.grid[1]
         self.visible = int(self.patches * (1 - mask_ratio))     # a float product cut off: 196 at 0.9 leaves 19
         if not 0 < self.visible < self.patches:
@@ -130,7 +140,12 @@ class MAE(ViT):
     def forward(self, img, noise=None, mask=None):
         """Normalised images (B, C, h, w) -> the mean squared error over hidden patches, fp32 under autocast."""
         order, visible = self.shuffle(img, noise, mask)
-        latent = self.encode(img, order[:, :visible])                                           # (B, 1 + V, D)
+        latent, _ = self.run_blocks(self.embed(img, order[:, :visible]), tap=self.tap)          # (B, 1 + V, D)
+        return self.pixel_error(img, latent, order)
+
+    def pixel_error(self, img, latent, order):
+        """What forward returns, from the encoder's output for the first patches of `order`."""
+        visible = latent.shape[1] - 1
         x = self.decode(latent, order)                                                          # (B, N - V, E)
         # Published files predict rows, columns, channels. The error does not care about the order inside a patch, and
         # channels first is how an image lies in memory: there it is cut without being copied as a whole.
@@ -188,7 +203,7 @@ class MAE(ViT):
         """Everything by its published name, for all patches in reading order: dict of loss, latent (B, 1 + V, D), pred
         (B, N, p*p*C), mask (B, N; 1 = hidden) and ids_restore (B, N), the inverse of the shuffle."""
         order, visible = self.shuffle(img, noise, mask)
-        latent, restore = self.encode(img, order[:, :visible]), order.argsort(1)
+        latent, restore = self.run_blocks(self.embed(img, order[:, :visible]), tap=self.tap)[0], order.argsort(1)
         pred = self.decoder_pred(self.decode(latent, order, everything=True))
         pred, hidden = pick(pred, restore).to(img.dtype), (restore >= visible).to(img.dtype)
         error = (pred - self.target(patchify(img, self.patch_size))).square().mean(-1)
@@ -198,6 +213,23 @@ class MAE(ViT):
     def encoder_state(self):
         """What downstream scripts read: the encoder under its published names, without decoder and mask token."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith(("decoder_", "mask_token"))}
+
+
+class Distilled(nn.Module):
+    """A student that draws the hidden patches and attends to the visible ones as its teacher does (D-MAE, D2-MAE)."""
+
+    def __init__(self, model, lesson):
+        super().__init__()
+        self.model, self.lesson = model, lesson
+
+    def forward(self, img, noise, taught):
+        """Images (B, C, h, w), noise (B, N), the teacher's signals of the same patches in the same order -> (1 + P,)
+        fp32: the pixels' error, then that of each pair of layers."""
+        model, lesson = self.model, self.lesson
+        order, visible = model.shuffle(img, noise)
+        x = model.embed(img, order[:, :visible])
+        latent, ours = model.run_blocks(x, lesson.attention, lesson.hidden, model.tap)
+        return torch.cat([model.pixel_error(img, latent, order).view(1), lesson(ours, taught)])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -264,6 +296,9 @@ def visualize(cfg, given):
                   in_chans=shape["in_chans"], norm_pix=norm_pix is not False, decoder_heads=heads,
                   decoder_depth=len({k.split(".")[1] for k in file.state if k.startswith("decoder_blocks.")}),
                   mask_ratio=told.get("mask_ratio", cfg.mask_ratio), out=cfg.out if "out" in given else "out/visualize")
+    if f"blocks.{shape['depth'] - 1}.mlp.fc1.weight" not in file.state:         # D2-MAE's reduced block
+        shape, cfg = {**shape, "depth": shape["depth"] - 1}, replace(cfg, distill="decoupled",
+                                                                     distill_tap=told.get("distill_tap", 8))
     model, (mean, std) = build(cfg, shape), stats(cfg, told.get("mean"), told.get("std"))
     load_into(model, file)
     os.makedirs(cfg.out, exist_ok=True)
@@ -295,15 +330,55 @@ def resolve(cfg, given):
         training.die(f"--decode is {' or '.join(CROPS)}, not {cfg.decode}")
     if cfg.min_crop > 1 or cfg.mask_ratio >= 1:
         training.die(f"--min-crop and --mask-ratio are fractions, not {cfg.min_crop:g} and {cfg.mask_ratio:g}")
+    if cfg.distill_teacher and not cfg.distill:
+        cfg = replace(cfg, distill="attention")
+    if cfg.distill not in (None, "attention", "hidden", "decoupled"):
+        training.die(f"--distill is attention, hidden or decoupled, not {cfg.distill}")
+    alone = [k for k in ("distill", "distill_layers", "distill_tap", "teacher_heads") if getattr(cfg, k) is not None]
+    if alone and not cfg.distill_teacher and not cfg.demo:
+        training.die(f"--{alone[0].replace('_', '-')} needs a teacher: give --distill-teacher FILE")
+    if cfg.distill_tap and cfg.distill != "decoupled" or (cfg.distill_tap or 0) > MODELS[cfg.model]["depth"]:
+        training.die(f"--distill-tap goes with --distill decoupled and is at most {MODELS[cfg.model]['depth']} here")
+    if cfg.distill == "decoupled" and not cfg.distill_tap:      # 8 of 12, as published
+        cfg = replace(cfg, distill_tap=round(MODELS[cfg.model]["depth"] * 2 / 3))
     if cfg.images and not cfg.visualize:
         training.die("--images goes with --visualize; the folder to train on is --data")
     return replace(cfg, data=os.path.normpath(cfg.data))       # a slash at its end makes no other data of it
 
 
 def build(cfg, shape):
+    """The MAE of a config and the encoder's shape; a decoupled student has one reduced block more."""
+    more = int(cfg.distill == "decoupled")
     with training.in_words():
-        vit = ViT(**{**shape, "img_size": pair(cfg.img_size), "in_chans": cfg.in_chans})
-        return MAE(vit, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, cfg.norm_pix, cfg.mask_ratio)
+        vit = ViT(**{**shape, "depth": shape["depth"] + more, "img_size": pair(cfg.img_size), "in_chans": cfg.in_chans})
+        model = MAE(vit, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, cfg.norm_pix, cfg.mask_ratio,
+                    cfg.distill_tap)
+    if more:
+        decouple(model)
+    return model
+
+
+def with_teacher(cfg, model, mean, std, device, say):
+    """-> what is trained, the teacher or None, and the weights of the errors that the former returns."""
+    if not cfg.distill_teacher:
+        return model, None, torch.ones((), device=device)
+    kind = "hidden" if cfg.distill == "hidden" else "attention"
+    teacher = Teacher(cfg.distill_teacher, cfg.teacher_heads, kind, cfg.distill_layers, model.config, mean, std, device,
+                      training.DTYPES[cfg.dtype], say)
+    lesson = Lesson(model.config, teacher.shape, teacher.pairs).to(device)
+    weights = [1.0] + [cfg.distill_weight] * len(lesson.adapters)
+    return Distilled(model, lesson), teacher, torch.tensor(weights, device=device)
+
+
+def told(model, errors, weights, img, taught=()):
+    """What the log says of a step's errors: the loss, what it would be for a guess (0 for pixels, their mean for the
+    teacher's signals), and with a teacher its parts."""
+    chance = model.target(cut(img[:64], model.patch_size)).square().mean()
+    if not taught:
+        return dict(loss=errors, chance=chance)
+    pixels, taught_chance = errors[0], guess(taught)
+    return dict(loss=(errors * weights).sum(), chance=chance + weights[1] * taught_chance, pixels=pixels,
+                taught=errors[1:].sum(), taught_chance=taught_chance)
 
 
 def stats(cfg, mean, std):
@@ -320,78 +395,77 @@ def banner(cfg, model, steps, peak, start, world, device):
             f"x {cfg.accum} passes x {share} images; {cfg.dtype} on {device}\n"
             f"{cfg.epochs:g} epochs of {steps.per_epoch} steps, {start} of {steps.total} done, {steps.warmup} of them "
             f"warm-up, peak learning rate {peak:.3g}" +
-            "\nexpected of the demo: loss 0.31 (chance 0.99), k-NN from 13 to 25%, linear from 29 to 47%" *
+            "\nexpected of the demo: loss 0.31 (chance 0.99), k-NN from 13 to 26%, linear from 29 to 47%" *
             (cfg.demo and all(getattr(cfg, k) == v for k, v in DEMO.items())))
 
 
 def pretrain(cfg):
     rank, world, device = training.setup(cfg.device)
     cfg, say = replace(cfg, dtype=training.precision(cfg.dtype, device)), print if rank == 0 else str
-    train, val = (find(cfg.data, split, cfg.download) for split in ("train", "val"))
-    train = thin(train, cfg.fraction, cfg.seed)
+    train, val = parts(cfg.data, cfg.fraction, cfg.seed, cfg.download)
     probing = cfg.probe_every or cfg.demo and cfg.data == "shapes"
-    if probing and (val is None or not val.classes or val.classes != train.classes):
+    if probing and not same_classes(train, val):
         training.die("--probe-every needs the same classes in train/ and in val/")
     steps, peak = training.plan(cfg, len(train), world, cfg.repeat)
 
     torch.manual_seed(cfg.seed)                                 # on every rank: all start from the same weights
-    model = build(cfg, {**MODELS[cfg.model], "patch_size": cfg.patch_size, "heads": cfg.heads}).to(device)
+    student = build(cfg, {**MODELS[cfg.model], "patch_size": cfg.patch_size, "heads": cfg.heads}).to(device)
     size, (mean, std) = pair(cfg.img_size), stats(cfg, cfg.mean, cfg.std)
+    model, teacher, weights = with_teacher(cfg, student, mean, std, device, say)
     optimizer = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
-    run = training.Run(cfg, "mae", rank, world, len(train), model=model, optimizer=optimizer, scaler=scaler)
+    run = training.Run(cfg, "mae", rank, world, len(train), model=model, optimizer=optimizer, scaler=scaler,
+                       **({"teacher": teacher} if teacher else {}))
     if cfg.init and not run.step:
-        load_into(model, read(cfg.init), say)
-    if cfg.compile or cfg.compile is None and device.type == "cuda":
-        model.compile(dynamic=False)                            # inside DDP: accumulating without a sync compiles once
+        load_into(student, read(cfg.init), say)
+    training.compile_if(cfg, device, model, *([teacher.vit] if teacher else []))
     net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
     log = training.Log(cfg, rank, device, run.step, steps, images=len(train), world=world)
     health = training.Health(cfg, device, world, log)
-    say(f"{describe(train)}\n{banner(cfg, model, steps, peak, run.step, world, device)}")
-    measure = partial(probe, lambda img: model.encode(img)[:, 1:].mean(1), train, val, size, cfg.in_chans, mean, std,
-                      device, cfg.workers, log)
+    say(f"{describe(train)}\n{banner(cfg, student, steps, peak, run.step, world, device)}")
+    measure = partial(probe, partial(features, student), train, val, size, cfg.in_chans, mean, std, device, cfg.workers,
+                      log)
     if probing and not run.step:
         measure(0)
-    crops = CROPS[cfg.decode](train, size, cfg.in_chans, cfg.seed, (cfg.min_crop, 1.0), cfg.interpolation, cfg.repeat)
-    order = keys(len(train), cfg.batch_size, cfg.accum, world, rank, cfg.seed, run.step, steps.total, cfg.repeat)
-    batches = log.waiting(crops.finish(load(crops, order, cfg.workers, pin=device.type == "cuda"), device))
+    batches = log.waiting(stream(cfg, train, size, world, rank, run.step, steps.total, device))
     for step in range(run.step, steps.total):
         training.seed_for(cfg.seed, step, rank)
         lr = training.warmup_cosine(step, steps.total, steps.warmup, peak)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        training.set_lr(optimizer, lr)
         total, unreadable = 0.0, []
         for micro in range(cfg.accum):
             img, _, failed = next(batches)
             img = normalize(random_flip(img.to(device, non_blocking=True)), mean, std)          # (b, C, h, w)
-            noise = torch.rand(len(img), model.patches, device=device)                          # (b, N)
+            noise = torch.rand(len(img), student.patches, device=device)                        # (b, N)
+            order, visible = student.shuffle(img, noise)
+            taught = (teacher(img, order[:, :visible]),) if teacher else ()
             with training.sync_if(micro + 1 == cfg.accum, net), training.autocast(device, cfg.dtype):
-                loss = net(img, noise) / cfg.accum
+                errors = net(img, noise, *taught) / cfg.accum                                   # (), or (1 + P,)
+                loss = (errors * weights).sum()
             scaler.scale(loss).backward()
-            total, unreadable = total + loss.detach(), unreadable + failed
+            total, unreadable = total + errors.detach(), unreadable + failed
         grad_norm, skipped = training.finite_step(optimizer, scaler, cfg.clip_grad)
         done = step + 1
         why = health(skipped, unreadable, cfg.batch_size // world)
 
         if done % cfg.log_every == 0 or done == steps.total or why:
-            chance = model.target(cut(img[:64], model.patch_size)).square().mean()              # of predicting 0
-            log(done, loss=training.mean_over_ranks(total), chance=chance, lr=lr, grad_norm=grad_norm,
-                skipped=health.skipped)
+            log(done, **told(student, training.mean_over_ranks(total), weights, img, *taught), lr=lr,
+                grad_norm=grad_norm, skipped=health.skipped)
         keep, must = steps.due(done, cfg.keep_every), why or done == steps.total
         if why != "non-finite" and (must or keep or done % cfg.save_every == 0):
-            config = dict(model.config, mean=mean, std=std)
-            run.save(done, dict(method="mae", config=config, model=model.encoder_state()), keep, must)
+            state, config = released(student.encoder_state(), dict(student.config, mean=mean, std=std))
+            run.save(done, dict(method="mae", config=config, model=state), keep, must)
         if why:
-            health.leave(why, run, done, model, total, img)
+            health.leave(why, run, done, model, total.sum(), img)
         optimizer.zero_grad()
         if rank == 0 and steps.due(done, cfg.picture_every) and done < steps.total:
-            draw(model, normalize(sample(val or train, cfg).to(device), mean, std), mean, std, cfg.out)
+            draw(student, normalize(sample(val or train, cfg).to(device), mean, std), mean, std, cfg.out)
         if steps.due(done, cfg.probe_every) and done < steps.total:
             measure(done)
     if probing:
         measure(steps.total)
     if rank == 0:
-        draw(model, normalize(sample(val or train, cfg).to(device), mean, std), mean, std, cfg.out)
+        draw(student, normalize(sample(val or train, cfg).to(device), mean, std), mean, std, cfg.out)
         training.draw_curve(cfg.out)
         print(f"done: {cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl, recon.png")
 
@@ -399,7 +473,23 @@ def pretrain(cfg):
 def main(argv=None):
     cfg, given = training.parse(Config, __doc__, argv)
     cfg = resolve(cfg, given)
-    visualize(cfg, given) if cfg.visualize else pretrain(cfg)
+    if cfg.visualize:
+        return visualize(cfg, given)
+    story = cfg.demo and cfg.distill and not cfg.distill_teacher
+    if story:
+        cfg = replace(cfg, out="out/mae-distill-demo") if "out" not in given else cfg
+        cfg = replace(cfg, epochs=6.0, warmup_epochs=0.6) if "epochs" not in given else cfg
+        teacher, plain = (os.path.join(cfg.out, name) for name in ("teacher", "plain"))
+        cfg = replace(cfg, distill_teacher=before(__file__, teacher, *TEACHER))
+        before(__file__, plain, "--epochs", cfg.epochs)
+        print(f"--- then: the same student, distilled ({cfg.distill})", flush=True)
+    pretrain(cfg)
+    if story:
+        told = {name: rows(folder) for name, folder in (("teacher", teacher), ("plain", plain), ("distilled", cfg.out))}
+        for name, row in told.items():
+            print(f"{name:10} k-NN {row['knn']:.1f}%  linear {row['linear']:.1f}%  pixels' error "
+                  f"{row.get('pixels', row['loss']):.4f}")
+        print(f"{cfg.distill}: error {row['taught']:.4f}, {row['taught_chance']:.4f} by chance")
 
 
 if __name__ == "__main__":

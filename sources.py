@@ -528,6 +528,17 @@ class Subset:
         return self.source.read(self.chosen[i])
 
 
+def parts(data, fraction=1.0, seed=0, download=False):
+    """What --data, --fraction, --seed and --download mean -> the source to train on, and the one to evaluate on or
+    None."""
+    return thin(find(data, "train", download), fraction, seed), find(data, "val", download)
+
+
+def same_classes(train, val):
+    """Whether both have labels, of the same classes."""
+    return val is not None and bool(val.classes) and val.classes == train.classes
+
+
 def describe(source):
     classes = f" in {len(source.classes):,} classes" if source.classes else ", no labels"
     others = ", ".join(f"{n:,} {kind}" for kind, n in sorted(source.skipped.items()) if n)

@@ -68,9 +68,10 @@ class Plumbing:
     demo: bool = opt(False, "a small run on images made on the fly, three minutes on a CPU")
 
 
-# The numbers do not depend on these (on accum only through what is drawn), so a run may go on with other values.
-FREE = {"out", "compile", "resume", "device", "workers", "download", "log_every", "save_every", "keep_every",
-        "picture_every", "probe_every", "max_unreadable", "max_skipped", "accum"}
+# The numbers do not depend on these (on accum only through what is drawn, of a teacher the file itself is compared),
+# so a run may go on with other values.
+FREE = {"out", "compile", "distill_teacher", "teacher", "resume", "device", "workers", "download", "log_every",
+        "save_every", "keep_every", "picture_every", "probe_every", "max_unreadable", "max_skipped", "accum"}
 
 
 def parse(Config, doc, argv=None):
@@ -165,9 +166,18 @@ def precision(name, device):
     return name
 
 
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
 def autocast(device, name):
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[name]
-    return torch.autocast(device.type, dtype, enabled=name != "fp32")
+    return torch.autocast(device.type, DTYPES[name], enabled=name != "fp32")
+
+
+def compile_if(cfg, device, *modules):
+    """torch.compile in place what --compile asks for: inside DDP, where accumulating without a sync compiles once."""
+    for module in modules:
+        if cfg.compile or cfg.compile is None and device.type == "cuda":
+            module.compile(dynamic=False)
 
 
 def seed_for(seed, step, rank):
@@ -225,6 +235,11 @@ def warmup_cosine(step, steps, warmup, peak, floor=0.0):
     if step < warmup:
         return peak * step / warmup                             # the very first step has rate 0, as published for MAE
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def decay_groups(model, weight_decay):
@@ -421,7 +436,8 @@ class Run:
         if saved.get("method") != self.method:
             raise SystemExit(f"{path} is a checkpoint of {saved.get('method', 'something else')}, not of "
                              f"{self.method}: choose another --out")
-        old, new = (dict(c, images=n) for c, n in ((saved["config"], saved["images"]), (asdict(cfg), self.images)))
+        known = {f.name: f.default for f in fields(cfg)} | saved["config"]      # it may be older than an option
+        old, new = (dict(c, images=n) for c, n in ((known, saved["images"]), (asdict(cfg), self.images)))
         differ = [f"{k} was {old.get(k)}, is {new.get(k)}" for k in {**old, **new}
                   if k not in FREE and old.get(k) != new.get(k)]
         if differ:

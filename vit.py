@@ -16,6 +16,7 @@ from torch import nn
 # head count loads without a murmur and only the accuracy tells.
 MODELS = {
     "vit_mini": dict(dim=128, depth=4, heads=4, patch_size=4),              # ours, for images of 32 to 64 pixels
+    "vit_midi": dict(dim=256, depth=4, heads=8, patch_size=4),              # ours, a teacher for vit_mini
     "vit_tiny": dict(dim=192, depth=12, heads=12, patch_size=16),
     "vit_small": dict(dim=384, depth=12, heads=12, patch_size=16),
     "vit_base": dict(dim=768, depth=12, heads=12, patch_size=16),
@@ -255,18 +256,31 @@ class ViT(nn.Module):
         keep: (B, K) patch numbers; only these are embedded and encoded, in the order given -> (B, 1 + K, D).
         logits_of: block numbers from 1; also returns their scaled pre-softmax attention logits, each (B, H, N, N).
         """
-        return self.run_blocks(self.embed(img, keep), logits_of)
+        x, logits = self.run_blocks(self.embed(img, keep), logits_of)
+        return (x, logits) if logits_of else x
 
-    def run_blocks(self, x, logits_of=()):
-        logits = []
-        for number, block in enumerate(self.blocks, 1):
-            if number in logits_of:
-                x, found = block(x, with_logits=True)
-                logits.append(found)
+    def run_blocks(self, x, logits_of=(), states_of=(), tap=None):
+        """Embedded tokens (B, N, D) -> normed tokens (B, N, D) after `tap` blocks (default: all), and a list of
+        signals: the logits (B, H, N, N) of layers `logits_of`, counted from 1, then the states (B, N, D) numbered
+        `states_of`: the output of norm1 of block i, counted from 0, or, at number depth, that of the final norm.
+
+        A last block without an MLP gives its logits and nothing else (see distill.py).
+        """
+        logits, states, out, depth = {}, {}, None, len(self.blocks)
+        for i, block in enumerate(self.blocks):
+            if i == tap:
+                out = self.norm(x)
+            if i in states_of:
+                states[i] = block.norm1(x)
+            if not hasattr(block, "mlp"):
+                logits[i + 1] = block.attn.logits(block.norm1(x))
+            elif i + 1 in logits_of:
+                x, logits[i + 1] = block(x, with_logits=True)
             else:
                 x = block(x)
-        x = self.norm(x)
-        return (x, logits) if logits_of else x
+        if out is None or depth in states_of:
+            states[depth] = self.norm(x)
+        return states[depth] if out is None else out, [logits[k] for k in logits_of] + [states[k] for k in states_of]
 
     def features(self, img):
         """(B, C, height, width) -> (B, D), by the readout."""

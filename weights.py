@@ -97,16 +97,16 @@ def read(path, key=None):
     return Weights(state, config, ", ".join(layout), path)
 
 
-def shape_of(weights, heads=None):
-    """The ViT options of a file: dim, depth, heads, patch_size, in_chans, img_size. heads, if given, wins over stored
-    ones. Ends in a sentence when nothing tells the heads or the grid."""
+def shape_of(weights, heads=None, flag="--heads"):
+    """The ViT options of a file: dim, depth, heads, patch_size, in_chans, img_size. heads, if given (by the option
+    `flag`), wins over stored ones. Ends in a sentence when nothing tells the heads or the grid."""
     state, config = weights.state, weights.config
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     heads = heads or config.get("heads") or HEADS.get(dim)
     if not heads:
         known = {192: "; MAE-Lite's have 12, DeiT's 3", 384: "; MAE-Lite's and MoCo-v3's have 12, DeiT's 6"}
         refuse(weights.path, f"is {dim} wide and does not say how many heads it has, and its tensors look the same for "
-                             f"any number: give --heads{known.get(dim, '')}")
+                             f"any number: give {flag}{known.get(dim, '')}")
     return dict(dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)),
                 heads=heads, patch_size=patch, in_chans=in_chans,
                 img_size=[side * patch for side in grid_of(weights, state["pos_embed"])])

@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = {"vit": set(), "augment": set(), "training": set(), "sources": set(), "data": {"sources", "augment"},
          "weights": {"vit"}}
-# probe lends its numbers to the scripts that log them; bench and the tests may import anything.
-SIDEWAYS = {"mae": {"probe"}}
+# probe lends its numbers to the scripts that log them, distill the teacher to mae; bench and tests import anything.
+SIDEWAYS = {"mae": {"probe", "distill"}, "distill": {"probe"}}
 FREE = {"bench"}
-# Raised from the plan's 300, 300, 160 and 40 for training, mae, weights and flatten: see the log of this line.
-BUDGET = {"vit.py": 400, "weights.py": 180, "sources.py": 540, "data.py": 540, "augment.py": 240, "training.py": 560,
-          "mae.py": 410, "probe.py": 280, "bench.py": 340, "flatten.py": 45}
+# Raised from the plan's 300, 300, 400, 160, 260 and 40 for training, mae, data, weights, distill and flatten, and
+# sources added: see the log of these lines.
+BUDGET = {"vit.py": 400, "weights.py": 180, "sources.py": 550, "data.py": 550, "augment.py": 240, "training.py": 580,
+          "mae.py": 500, "distill.py": 370, "probe.py": 280, "bench.py": 380, "flatten.py": 60}
 FILES = sorted(ROOT.glob("*.py"))
 
 
@@ -62,15 +63,21 @@ def test_readme_tells_the_truth():
 
 def test_runbooks_parse():
     """The commands of runs/*.sh name options that exist."""
+    import distill
     import mae
     import training
     for script in sorted((ROOT / "runs").glob("*.sh")):
         assert len(script.read_text().splitlines()) <= 15
         subprocess.run(["bash", "-n", str(script)], check=True)
-        for line in script.read_text().replace("\\\n", " ").splitlines():
-            if " mae.py " in line and not line.startswith("#"):
-                argv = [word for word in line.split(" mae.py ")[1].split() if word not in ('"$@"', "&")]
-                mae.resolve(*training.parse(mae.Config, "", [a.replace('"', "") for a in argv]))
+        text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", script.read_text())       # ${NAME:-what it is if not given}
+        for name, value in re.findall(r'^(\w+)="?([^"$]*?)"?$', text, re.M):
+            text = text.replace(f"${name}", " ".join(value.split()))
+        for line in text.replace("\\\n", " ").splitlines():
+            for method in (mae, distill):
+                name = f" {method.__name__}.py "
+                if name in line and not line.startswith("#"):
+                    argv = [word for word in line.split(name)[1].split() if word not in ('"$@"', "&")]
+                    method.resolve(*training.parse(method.Config, "", [a.replace('"', "") for a in argv]))
 
 
 def test_imports_without_warnings():

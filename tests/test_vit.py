@@ -70,7 +70,7 @@ def test_subset_of_tokens():
     torch.testing.assert_close(shuffled[:, 1:], pick(everything[:, 1:], order))
     keep = order[:, :5]
     x = model.embed(img)
-    by_hand = model.run_blocks(torch.cat([x[:, :1], pick(x[:, 1:], keep)], 1))
+    by_hand, _ = model.run_blocks(torch.cat([x[:, :1], pick(x[:, 1:], keep)], 1))
     torch.testing.assert_close(model.encode(img, keep), by_hand)
 
 

@@ -60,6 +60,41 @@ class TextbookMAE(nn.Module):
         return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum(), pred, mask
 
 
+class TextbookDistilled(nn.Module):
+    """D-MAE as its code does it: logits are formed and kept in every layer of both networks, the frozen teacher's
+    encoder runs to its end, then the last layers are compared. student: a TextbookMAE; teacher: another, whose decoder
+    is never run."""
+
+    def __init__(self, student, teacher, heads, teacher_heads):
+        super().__init__()
+        self.model, self.teacher = student, [teacher.eval().requires_grad_(False)]
+        self.adapter = nn.Conv2d(heads, teacher_heads, 1, bias=False)
+        self.seen = {}
+        for name, net in (("student", student), ("teacher", teacher)):
+            for number, block in enumerate(net.blocks, 1):
+                block.attn.forward = partial(self.attend, block.attn, (name, number))
+
+    def attend(self, attn, where, x, **_):
+        B, N, D = x.shape
+        q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = (q * attn.scale) @ k.transpose(-2, -1)                                         # (B, H, N, N)
+        self.seen[where] = logits
+        return attn.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, N, D))
+
+    def forward(self, img, noise, weight=1.0):
+        pixels = self.model(img, noise)[0]
+        teacher, keep = self.teacher[0], int(noise.shape[1] * 0.25)
+        with torch.no_grad():
+            x = teacher.patch_embed(img) + teacher.pos_embed[:, 1:]
+            x = x.gather(1, noise.argsort(1)[:, :keep, None].expand(-1, -1, x.shape[-1]))
+            x = torch.cat([(teacher.cls_token + teacher.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
+            for block in teacher.blocks:
+                x = block(x)
+            teacher.norm(x)
+        ours, theirs = self.seen["student", len(self.model.blocks)], self.seen["teacher", len(teacher.blocks)]
+        return pixels + weight * nn.functional.mse_loss(self.adapter(ours), theirs)
+
+
 class TextbookImages(torch.utils.data.Dataset):
     """The input path as it is usually written: Pillow, torchvision's transforms, one float tensor per image."""
 
