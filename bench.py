@@ -1,7 +1,7 @@
 """
 Speed as ratios: a row times ours and the textbook's in the same process, in turns, and reports the median ratio.
 
-python bench.py --data imagenet      every row that fits this machine; writes results/bench-DATE-MACHINE.json
+python bench.py --data SET           every row that fits this machine; writes results/bench-DATE-MACHINE.json
 python bench.py step                 the optimizer step alone, on fixed images
 python bench.py distill              the same with a ViT-Base teacher (D-MAE)
 python bench.py input --data TAR     files to normalised float batches, alone: from the files as they are, and packed
@@ -51,7 +51,7 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def build(kind, model, teacher, device, dtype):
+def build(kind, model, teacher, device, dtype, compiled=False):
     """The two MAEs of a preset, with the same numbers in them, or D-MAEs with the teacher of a file. Returns (module,
     images and noise -> loss, images and noise -> the teacher's signals)."""
     shape, r = MODELS[model], RECIPES[model]
@@ -63,6 +63,8 @@ def build(kind, model, teacher, device, dtype):
             return ours.to(device), lambda img, noise: ours(img, noise), None
         wise = Teacher(teacher, None, "attention", None, ours.config, IMAGENET_MEAN, IMAGENET_STD, device,
                        training.DTYPES[dtype], str)
+        if compiled:
+            wise.compile(dynamic=False)
         both = Distilled(ours, Lesson(ours.config, wise.shape, wise.pairs)).to(device)
 
         def hear(img, noise):
@@ -81,7 +83,7 @@ def build(kind, model, teacher, device, dtype):
 
 def make_step(kind, model, batch, device, dtype, compiled, teacher=None):
     """One optimizer step as a function, of images or else on fixed random ones."""
-    module, loss_of, hear = build(kind, model, teacher, device, dtype)
+    module, loss_of, hear = build(kind, model, teacher, device, dtype, compiled)
     if compiled:
         module.compile(dynamic=False)
     groups = training.decay_groups(module, 0.05)
@@ -320,9 +322,9 @@ def both_rows(a, original, packed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="step, distill, input, both [all; without --data, step and distill]")
-    parser.add_argument("--data", help="images for input and both [imagenet, if it is there]")
+    parser.add_argument("--data", help="images for input and both, some thousand at most")
     parser.add_argument("--workers", type=int, nargs="+", help="decoding processes [1 2; 16 on a GPU machine]")
-    parser.add_argument("--model", default="vit_tiny", choices=[m for m in MODELS if m != "vit_mini"])
+    parser.add_argument("--model", default="vit_tiny", choices=[m for m in MODELS if MODELS[m]["patch_size"] > 4])
     parser.add_argument("--batch", type=int, nargs="+", help="images per step [16 64 256 on a CPU, 256 1024 on a GPU]")
     parser.add_argument("--pairs", type=int, default=7, help="how often each step is timed")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -337,8 +339,7 @@ def main():
     gpu = a.device.type == "cuda"
     a.batch = a.batch or ([256, 1024] if gpu else [16, 64, 256])
     a.workers = a.workers or ([16] if gpu else [1, 2])
-    found = a.data or os.path.exists(os.environ.get("IMAGENET", "imagenet"))
-    a.what = a.what or ["step", "distill"] + ["input", "both"] * bool(found)
+    a.what = a.what or ["step", "distill"] + ["input", "both"] * bool(a.data)
     names = ("fp32", "bf16", "fp16") if gpu else ("fp32", "bf16")
     a.peak = {name: matmul_peak(a.device, training.DTYPES[name]) for name in names}
     facts = dict(date=str(datetime.date.today()), machine=machine(), torch=str(torch.__version__), threads=a.threads,
@@ -355,10 +356,12 @@ def main():
             rows["distill"] = step_rows(a)
             a.teacher, a.batch = None, batches
     if "input" in a.what or "both" in a.what:
-        original = find(a.data or "imagenet")
+        original = find(a.data or training.die("input and both need --data, some hundred to thousand images"))
+        if len(original) > 20_000:
+            training.die(f"{describe(original)}: they are packed first, so give some thousand of them at most")
         with tempfile.TemporaryDirectory() as folder:
             packed = os.path.join(folder, "packed.tar")
-            data.command_line(["pack", a.data or "imagenet", packed])
+            data.command_line(["pack", a.data, packed])
             facts["images"] = describe(original)
             for name, measure in (("input", input_rows), ("both", both_rows)):
                 if name in a.what:
@@ -366,6 +369,9 @@ def main():
     name = re.sub(r"[^A-Za-z0-9]+", "-", facts["machine"]).strip("-")
     path = os.path.join("results", f"bench-{facts['date']}-{name}.json")
     os.makedirs("results", exist_ok=True)
+    if os.path.exists(path):                                    # other rows of the same day stay
+        with open(path) as f:
+            facts = json.load(f) | facts
     with open(path, "w") as f:
         json.dump(dict(facts, **rows), f, indent=1)
     print(f"wrote {path}")

@@ -199,7 +199,8 @@ class CenterCrops(RandomCrops):
 
 class DeviceCrops(RandomCrops):
     """The same crops, but workers only read files: JPEGs are decoded and resized where the network is, batch by batch.
-    Resizing is rounded once and not twice, so pixels differ by a rounding from RandomCrops'."""
+    Resizing is rounded once and not twice, so pixels differ by a rounding from RandomCrops', on a GPU also by what its
+    JPEG decoder does otherwise."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -226,10 +227,19 @@ class DeviceCrops(RandomCrops):
         return keys, items, torch.tensor(labels), failed
 
     def finish(self, batches, device):
+        mode, buffer = "GRAY" if self.channels == 1 else "RGB", io.BytesIO()
+        Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+        try:
+            decode_jpeg([buffer.getvalue()], mode=mode, device=device)
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(f"--decode device: torchcodec cannot decode on {device} here "
+                             f"({str(error).splitlines()[0][:80]})") from None
         for keys, items, labels, failed in batches:
-            files = [item[0] for item in items if isinstance(item, tuple)]
+            files = [item[0] for item in items if not isinstance(item, torch.Tensor)]
             try:
-                imgs = iter(decode_jpeg(files, mode="GRAY" if self.channels == 1 else "RGB", device=device))
+                imgs = iter(decode_jpeg(files, mode=mode, device=device) if files else [])
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:                       # one is damaged: the careful way finds out which
                 print(f"note: a batch is decoded with care, for {str(error).splitlines()[0][:80]}", flush=True)
                 crops, labels, failed = super().__getitems__(keys)
@@ -237,12 +247,12 @@ class DeviceCrops(RandomCrops):
                 continue
             crops, cubic = [], []
             for item in items:
-                if isinstance(item, tuple):
+                if isinstance(item, torch.Tensor):              # of the right size, which resizing leaves as it is
+                    crops, cubic = crops + list(item.to(device)), cubic + [True] * len(item)
+                else:
                     img = next(imgs)
                     crops += [img[:, top:top + h, left:left + w] for (left, top, w, h), _ in item[1]]
                     cubic += [how == "bicubic" for _, how in item[1]]
-                else:                                           # of the right size, which resizing leaves as it is
-                    crops, cubic = crops + list(item.to(device)), cubic + [True] * len(item)
             yield resize_each(crops, self.size, torch.tensor(cubic)), labels, failed
 
 
@@ -321,6 +331,9 @@ def stream(cfg, source, size, world, rank, start, steps, device):
 
 # ----------------------------------------------------------------------------------------------------------------
 # python data.py inspect, python data.py pack
+
+
+NOTE_EVERY = 5                                                  # seconds between notes of how far a pack is good
 
 
 class Listed(torch.utils.data.Dataset):
@@ -444,7 +457,11 @@ def pack(a):
     for split, source in sources.items():
         print(f"{split}: {describe(source)}")
     part, note = a.dest + ".part", a.dest + ".part.json"
-    with open(part, "a+b") as f:
+    try:
+        opened = open(part, "a+b")
+    except OSError as error:
+        raise SystemExit(f"{part} cannot be written: {error}") from None
+    with opened as f:
         try:                                                    # lockf, not flock, which worker processes inherit
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -463,8 +480,12 @@ def pack(a):
     os.remove(note)
     print(f"packed {len(items) - len(left_out):,} images into {a.dest}, {os.path.getsize(a.dest) / 2 ** 20:,.1f} MB" +
           f"; {len(left_out)} cannot be read and were left out" * bool(left_out))
+    packed = {split: find(a.dest, split) for split in sources}
+    if sum(map(len, packed.values())) != len(items) - len(left_out):
+        raise SystemExit(f"{a.dest} has {sum(map(len, packed.values())):,} images, fewer than were written: two have "
+                         "one name, such as x.png and x.png.jpg; rename one and pack again")
     for split, source in sources.items():
-        if find(a.dest, split).classes != source.classes:
+        if packed[split].classes != source.classes:
             print(f"note: the classes of {split} are not those of {a.source}: there they are not in the order of their "
                   "names, or one has no image that can be read")
 
@@ -491,14 +512,16 @@ def write_tar(f, note, settings, items, done, left_out, workers):
     def sync():
         f.flush()
         os.fsync(f.fileno())
+        count, size, bad = good                                 # of whole images: a stop may fall amid writing one
         with open(note + ".tmp", "w") as n:
-            json.dump(dict(settings=settings, done=done, bytes=archive.offset, left_out=left_out), n)
+            json.dump(dict(settings=settings, done=count, bytes=size, left_out=left_out[:bad]), n)
             n.flush()
             os.fsync(n.fileno())
         os.replace(note + ".tmp", note)
 
     f.seek(0, os.SEEK_END)
     with tarfile.open(fileobj=f, mode="w:") as archive:
+        good = done, archive.offset, len(left_out)
         try:
             for name, data in watched(items, smaller, workers, done):
                 if data is None:
@@ -510,7 +533,8 @@ def write_tar(f, note, settings, items, done, left_out, workers):
                     archive.addfile(info, io.BytesIO(data))
                     archive.members = []                        # it would keep a million of them
                 done += 1
-                if time.time() - synced > 5:
+                good = done, archive.offset, len(left_out)
+                if time.time() - synced > NOTE_EVERY:
                     sync()
                     synced = time.time()
         finally:
@@ -531,7 +555,7 @@ def command_line(argv=None):
             sub.add_argument("dest", help="the tar to write")
             sub.add_argument("--short-side", type=int, default=256, help="pixels; smaller images stay as they are")
             sub.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100")
-        sub.add_argument("--workers", type=int, help="processes [one per core]")
+        sub.add_argument("--workers", type=int, choices=range(257), metavar="N", help="processes [one per core]")
         sub.add_argument("--download", action="store_true", help="fetch a set that torchvision knows by name")
     a = parser.parse_args(argv)
     return a.run(a)

@@ -42,6 +42,13 @@ def decouple(vit):
     del block.mlp, block.norm2, block.attn.proj
 
 
+def start_from(vit, path, say):
+    """--init: weights of a file for a student; a reduced block, which no file needs to have, may stay fresh."""
+    file, last = read(path), f"blocks.{len(vit.blocks) - 1}."
+    own = {k: v for k, v in vit.state_dict().items() if k.startswith(last) and not hasattr(vit.blocks[-1], "mlp")}
+    load_into(vit, file._replace(state={**own, **file.state}), say)
+
+
 def released(state, config):
     """State dict and config of an encoder as others read it. A decoupled one's: its whole blocks, and a fresh final
     norm, because the one in it, if it was trained at all, belongs to another depth."""
@@ -92,22 +99,30 @@ class Teacher:
         self.attention, self.hidden = (tuple(theirs for _, theirs in self.pairs[k]) for k in ("attention", "hidden"))
         with training.in_words():
             vit = ViT(**{**self.shape, "positions": "learned", "img_size": student["img_size"]})
+        if self.shape["depth"] not in self.hidden:
+            vit.norm = nn.Identity()                            # not asked for, and absent in some files
         load_into(vit, file, say)
         if self.shape["depth"] not in self.hidden:
             vit.blocks = vit.blocks[:max([*self.attention, *(k + 1 for k in self.hidden)])]
             if self.attention and len(vit.blocks) == max(self.attention):
                 decouple(vit)
         self.vit = vit.requires_grad_(False).eval().to(device, dtype)
-        with open(path if os.path.exists(path) else path.rsplit(":", 1)[0], "rb") as f:
-            self.sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        name, _, key = (path, "", "") if os.path.exists(path) else path.rpartition(":")     # FILE or FILE:KEY
+        with open(name, "rb") as f:
+            self.sha256 = hashlib.file_digest(f, "sha256").hexdigest() + key
 
     @torch.no_grad()
     def __call__(self, img, keep=None):
         """Normalised images (B, C, h, w), the patches to see (B, K) or None for all -> a list of
         signals."""
         with torch.autocast(img.device.type, enabled=False):
-            x = self.vit.embed(img.to(self.vit.cls_token.dtype), keep)
-            return self.vit.run_blocks(x, self.attention, self.hidden)[1]
+            return self.signals(img.to(self.vit.cls_token.dtype), keep)
+
+    def signals(self, img, keep):
+        return self.vit.run_blocks(self.vit.embed(img, keep), self.attention, self.hidden)[1]
+
+    def compile(self, **options):
+        self.signals = torch.compile(self.signals, **options)
 
     def state_dict(self):
         return dict(sha256=self.sha256)
@@ -128,7 +143,7 @@ def pairs_of(layers, kind, depth, teacher_depth):
     least, found = int(kind != "hidden"), []
     for text in layers or (f"{depth}:{teacher_depth}",):
         numbers = text.split(":")
-        if len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+        if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
             training.die(f"--distill-layers {text} is not STUDENT:TEACHER, two numbers such as {depth}:{teacher_depth}")
         for n, most, who in zip(map(int, numbers), (depth, teacher_depth), ("student", "teacher")):
             if not least <= n <= most:
@@ -246,6 +261,7 @@ def build(cfg):
         vit = ViT(**{**shape, "depth": shape["depth"] + more, "img_size": pair(cfg.img_size), "in_chans": cfg.in_chans})
     if more:
         decouple(vit)
+        vit.norm.requires_grad_(False)                          # in no loss; `released` writes a fresh one
     return vit
 
 
@@ -283,14 +299,15 @@ def pretrain(cfg):
     student = build(cfg).to(device)
     teacher = teacher_of(cfg, student, mean, std, device, say)
     model = Pupil(student, Lesson(student.config, teacher.shape, teacher.pairs)).to(device)
-    patches, visible = student.grid[0] * student.grid[1], int(student.grid[0] * student.grid[1] * (1 - cfg.mask_ratio))
+    patches = student.grid[0] * student.grid[1]
+    visible = int(patches * (1 - cfg.mask_ratio)) or training.die(f"--mask-ratio {cfg.mask_ratio:g} leaves no patch")
     optimizer = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     run = training.Run(cfg, "distill", rank, world, len(train), model=model, optimizer=optimizer, scaler=scaler,
                        teacher=teacher)
     if cfg.init and not run.step:
-        load_into(student, read(cfg.init), say)
-    training.compile_if(cfg, device, model, teacher.vit)
+        start_from(student, cfg.init, say)
+    training.compile_if(cfg, device, model, teacher)
     net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
     log = training.Log(cfg, rank, device, run.step, steps, images=len(train), world=world)
     health = training.Health(cfg, device, world, log)

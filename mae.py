@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import training
 from augment import denormalize, normalize, random_flip, statistics
 from data import CROPS, CenterCrops, stream
-from distill import TEACHER, Lesson, Teacher, before, decouple, features, guess, released, rows
+from distill import TEACHER, Lesson, Teacher, before, decouple, features, guess, released, rows, start_from
 from probe import probe
 from sources import describe, find, parts, same_classes
 from training import Plumbing, opt
@@ -222,12 +222,11 @@ class Distilled(nn.Module):
         super().__init__()
         self.model, self.lesson = model, lesson
 
-    def forward(self, img, noise, taught):
-        """Images (B, C, h, w), noise (B, N), the teacher's signals of the same patches in the same order -> (1 + P,)
-        fp32: the pixels' error, then that of each pair of layers."""
+    def forward(self, img, order, taught):
+        """Images (B, C, h, w), their patches' order (B, N) as shuffle gives it, the teacher's signals of the first, the
+        visible ones -> (1 + P,) fp32: the pixels' error, then that of each pair of layers."""
         model, lesson = self.model, self.lesson
-        order, visible = model.shuffle(img, noise)
-        x = model.embed(img, order[:, :visible])
+        x = model.embed(img, order[:, :model.visible])
         latent, ours = model.run_blocks(x, lesson.attention, lesson.hidden, model.tap)
         return torch.cat([model.pixel_error(img, latent, order).view(1), lesson(ours, taught)])
 
@@ -334,7 +333,7 @@ def resolve(cfg, given):
         cfg = replace(cfg, distill="attention")
     if cfg.distill not in (None, "attention", "hidden", "decoupled"):
         training.die(f"--distill is attention, hidden or decoupled, not {cfg.distill}")
-    alone = [k for k in ("distill", "distill_layers", "distill_tap", "teacher_heads") if getattr(cfg, k) is not None]
+    alone = [k for k in ("distill", "distill_layers", "distill_weight", "distill_tap", "teacher_heads") if k in given]
     if alone and not cfg.distill_teacher and not cfg.demo:
         training.die(f"--{alone[0].replace('_', '-')} needs a teacher: give --distill-teacher FILE")
     if cfg.distill_tap and cfg.distill != "decoupled" or (cfg.distill_tap or 0) > MODELS[cfg.model]["depth"]:
@@ -417,8 +416,8 @@ def pretrain(cfg):
     run = training.Run(cfg, "mae", rank, world, len(train), model=model, optimizer=optimizer, scaler=scaler,
                        **({"teacher": teacher} if teacher else {}))
     if cfg.init and not run.step:
-        load_into(student, read(cfg.init), say)
-    training.compile_if(cfg, device, model, *([teacher.vit] if teacher else []))
+        start_from(student, cfg.init, say)
+    training.compile_if(cfg, device, model, *([teacher] if teacher else []))
     net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
     log = training.Log(cfg, rank, device, run.step, steps, images=len(train), world=world)
     health = training.Health(cfg, device, world, log)
@@ -438,9 +437,9 @@ def pretrain(cfg):
             img = normalize(random_flip(img.to(device, non_blocking=True)), mean, std)          # (b, C, h, w)
             noise = torch.rand(len(img), student.patches, device=device)                        # (b, N)
             order, visible = student.shuffle(img, noise)
-            taught = (teacher(img, order[:, :visible]),) if teacher else ()
+            signals = [teacher(img, order[:, :visible])] if teacher else []
             with training.sync_if(micro + 1 == cfg.accum, net), training.autocast(device, cfg.dtype):
-                errors = net(img, noise, *taught) / cfg.accum                                   # (), or (1 + P,)
+                errors = net(img, order if teacher else noise, *signals) / cfg.accum            # (), or (1 + P,)
                 loss = (errors * weights).sum()
             scaler.scale(loss).backward()
             total, unreadable = total + errors.detach(), unreadable + failed
@@ -449,7 +448,7 @@ def pretrain(cfg):
         why = health(skipped, unreadable, cfg.batch_size // world)
 
         if done % cfg.log_every == 0 or done == steps.total or why:
-            log(done, **told(student, training.mean_over_ranks(total), weights, img, *taught), lr=lr,
+            log(done, **told(student, training.mean_over_ranks(total), weights, img, *signals), lr=lr,
                 grad_norm=grad_norm, skipped=health.skipped)
         keep, must = steps.due(done, cfg.keep_every), why or done == steps.total
         if why != "non-finite" and (must or keep or done % cfg.save_every == 0):
@@ -477,8 +476,10 @@ def main(argv=None):
         return visualize(cfg, given)
     story = cfg.demo and cfg.distill and not cfg.distill_teacher
     if story:
+        if given - {"demo", "distill", "out"}:
+            training.die("--demo with --distill is one fixed story of three runs: it takes --out and no other option")
         cfg = replace(cfg, out="out/mae-distill-demo") if "out" not in given else cfg
-        cfg = replace(cfg, epochs=6.0, warmup_epochs=0.6) if "epochs" not in given else cfg
+        cfg = replace(cfg, epochs=6.0, warmup_epochs=0.6)
         teacher, plain = (os.path.join(cfg.out, name) for name in ("teacher", "plain"))
         cfg = replace(cfg, distill_teacher=before(__file__, teacher, *TEACHER))
         before(__file__, plain, "--epochs", cfg.epochs)

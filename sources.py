@@ -33,15 +33,34 @@ def is_image(name):
 # Folders
 
 
+def is_hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def listing(folder):
+    """What is in a folder, sorted by name; one that cannot be read ends in a sentence."""
+    try:
+        return sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as error:
+        raise SystemExit(f"{folder} cannot be read: {error.strerror}") from None
+
+
 def walk(folder, skipped, seen=()):
     """Paths of the image files below `folder`, sorted, following links but no circle of links. skipped: a Counter that
     gets the suffixes of all other files."""
     here = os.path.realpath(folder)
     if here in seen:
         return
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.is_dir():
+    for entry in listing(folder):
+        try:
+            folder = entry.is_dir()
+        except OSError:                                         # a link to itself
+            skipped["dead links"] += 1
+            continue
+        if folder and not is_hidden(entry.name):
             yield from walk(entry.path, skipped, (*seen, here))
+        elif folder:
+            continue
         elif is_image(entry.name):
             yield entry.path
         elif not entry.name.startswith("."):
@@ -59,7 +78,7 @@ class Folder:
     def __init__(self, root, labelled):
         self.where, self.classes, self.labels, self.skipped = root, None, None, Counter()
         if labelled:
-            self.classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+            self.classes = [e.name for e in listing(root) if not is_hidden(e.name) and os.path.isdir(e.path)]
             groups = [list(walk(os.path.join(root, name), self.skipped)) for name in self.classes]
             self.labels = number(root, self.classes, [len(group) for group in groups])
             paths = [path for group in groups for path in group]
@@ -159,6 +178,8 @@ def index(path):
                 return read_index(place, now) or (facts, table)
             except OSError as error:
                 problem = error
+                if os.path.exists(f"{place}.{os.getpid()}.tmp"):        # half of it, where the disk is full
+                    os.remove(f"{place}.{os.getpid()}.tmp")
     print(f"warning: the index of {path} cannot be kept ({problem}): it is made anew at every start")
     return facts, table
 
@@ -196,7 +217,7 @@ def contents(path):
     entries, links, others, inner, skipped = {}, [], set(), [], Counter()
     with open(path, "rb") as f:
         for name, start, size, target in members(f, path, inner):
-            if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+            if any(is_hidden(part) for part in name.split("/")):
                 continue
             others.add(name[:name.rfind("/") + 1])
             if not is_image(name) or target is size is None:
@@ -439,17 +460,19 @@ def open_part(place, split, labelled):
     """A folder or tar that is the part `split` of a set, or a tar that holds it under its name. labelled: folders in it
     are classes, unless images lie beside them."""
     if os.path.isdir(place):
-        inside = [e for e in os.scandir(place) if not e.name.startswith(".")]
-        labelled = labelled and any(e.is_dir() for e in inside) and not any(is_image(e.name) for e in inside)
+        inside = [e for e in listing(place) if not is_hidden(e.name)]
+        folders = [e for e in inside if os.path.isdir(e.path)]
+        labelled = labelled and bool(folders) and not any(is_image(e.name) for e in inside if e not in folders)
         source = Folder(place, labelled)
     else:
         tops = tops_of(place)
-        named = tops & set(TRAIN_NAMES if split == "train" else VAL_NAMES) if tops <= {"train", *VAL_NAMES} else set()
-        source = Tar(place, min(named, default=""), labelled or bool(named) or index(place)[0]["nested"] > 0)
+        names = TRAIN_NAMES if split == "train" else VAL_NAMES
+        inside = next((name for name in names if name in tops), "") if "train" in tops or len(tops) == 1 else ""
+        source = Tar(place, inside, labelled or bool(inside) or index(place)[0]["nested"] > 0)
     if not len(source):
         raise SystemExit(f"no image found under {source.where}: looked for files ending in {' '.join(SUFFIXES)}")
     if split == "val" and source.labels is None and "ILSVRC2012_val_" in source.relative(0):
-        label_imagenet(source, os.path.dirname(place))
+        label_imagenet(source, os.path.dirname(os.path.abspath(place)))
     return source
 
 
@@ -459,10 +482,11 @@ def label_imagenet(source, folder):
     from torchvision.datasets.imagenet import load_meta_file, parse_devkit_archive
     kit = os.path.join(folder, "ILSVRC2012_devkit_t12.tar.gz")
     try:
-        if os.path.exists(kit) and not os.path.exists(os.path.join(folder, "meta.bin")):
-            parse_devkit_archive(folder)
-        names, wnids = load_meta_file(folder)
-    except (RuntimeError, ImportError, OSError) as error:
+        with alone(folder):                                     # of several processes one makes the list
+            if os.path.exists(kit) and not os.path.exists(os.path.join(folder, "meta.bin")):
+                parse_devkit_archive(folder)
+            names, wnids = load_meta_file(folder)
+    except Exception as error:                                  # none there, no scipy for the kit, a damaged list
         print(f"note: {source.where} stays without labels ({str(error).splitlines()[0]}): meta.bin or {kit} would give "
               "them", flush=True)
         return
@@ -508,8 +532,9 @@ class Subset:
 
     def __init__(self, source, fraction, seed):
         rng, labels = np.random.default_rng((seed, 1)), source.labels
-        all_alike = np.zeros(len(source)) if labels is None else labels
-        groups = [np.flatnonzero(all_alike == k) for k in np.unique(all_alike)]
+        counts = [len(source)] if labels is None else np.bincount(labels)
+        by_class = np.arange(len(source)) if labels is None else np.argsort(labels, kind="stable")
+        groups = [group for group in np.split(by_class, np.cumsum(counts)[:-1]) if len(group)]
         self.chosen = np.sort(np.concatenate([rng.permutation(g)[:max(1, round(len(g) * fraction))] for g in groups]))
         self.source, self.classes, self.skipped = source, source.classes, source.skipped
         self.labels = None if labels is None else labels[self.chosen]

@@ -7,8 +7,8 @@ out=out/distill_cifar10
 python mae.py $same --model vit_midi --out $out/teacher
 python mae.py $same --model vit_mini --out $out/mae &
 python mae.py $same --model vit_mini --out $out/d-mae --distill-teacher $out/teacher/encoder.pt
-wait
+wait $!
 python mae.py $same --model vit_mini --out $out/d2-mae --distill-teacher $out/teacher/encoder.pt --distill decoupled &
 python distill.py $same --model vit_mini --out $out/alone --teacher $out/teacher/encoder.pt --min-crop 0.2 \
   --interpolation bicubic
-wait
+wait $!

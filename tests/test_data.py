@@ -221,6 +221,12 @@ def test_crops_on_the_device_are_the_same(tmp_path, channels):
     for (a, la, _), (b, lb, _) in both():
         error = (a.int() - b.int()).abs().float()
         assert torch.equal(la, lb) and error.mean() < 0.5 and error.max() <= 12     # overshoot is cut once, not twice
+    crops = DeviceCrops(source, (32, 48), channels, 0, (0.2, 1.0), "random")
+    (keys_, items, labels, failed), = load(crops, parts[:1], 0)
+    as_lists = [item if isinstance(item, torch.Tensor) else list(item) for item in items]      # as pinning leaves it
+    (a, *_), (b, *_) = (next(iter(crops.finish([(keys_, x, labels, failed)], torch.device("cpu"))))
+                        for x in (items, as_lists))
+    assert torch.equal(a, b)
     path = tmp_path / "train" / "a" / "003.jpg"
     path.write_bytes(path.read_bytes()[:-99])
     file = bytearray((tmp_path / "train" / "b" / "004.jpg").read_bytes())

@@ -1,5 +1,6 @@
 """Distillation during pre-training: the recorded reference, who learns from what, the textbook form, real runs."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_recorded(name, tolerance):
     for signals, who in ((ours, "student"), (taught, "teacher")):
         for x, kind in zip(signals, [f"attn{i}" for i in lesson.attention] + [f"hidden{i}" for i in lesson.hidden]):
             close(x, g(f"out/{who}_{kind}"), tolerance)
-    errors = Distilled(student, lesson)(img, noise, taught)
+    errors = Distilled(student, lesson)(img, order, taught)
     close(errors[0], g("out/loss_rec"), tolerance)
     parts = errors[1:].split([len(lesson.attention), len(lesson.hidden)])
     for part, kind in zip(parts, ("attn", "hidden")):
@@ -123,7 +124,7 @@ def test_thirty_steps_of_the_textbook(tmp_path):
             for group in optimizer.param_groups:
                 group["lr"] = warmup_cosine(step, 30, 5, 3e-3)
         order, visible = student.shuffle(img, noise)
-        loss = (model(img, noise, teacher(img, order[:, :visible])) * torch.tensor([1.0, 2.0])).sum()
+        loss = (model(img, order, teacher(img, order[:, :visible])) * torch.tensor([1.0, 2.0])).sum()
         loss.backward()
         finite_step(ours, scaler)
         ours.zero_grad()
@@ -162,7 +163,7 @@ def test_decoupled_student_learns_as_published(tmp_path):
     model = distilled(student, teacher)
     img, noise = torch.randn(2, 3, 24, 24), torch.rand(2, 16)
     order, visible = student.shuffle(img, noise)
-    errors = model(img, noise, teacher(img, order[:, :visible]))
+    errors = model(img, order, teacher(img, order[:, :visible]))
     pixels, attention = reached(model, errors[0]), reached(model, errors[1])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert pixels | attention == trained                        # every parameter learns
@@ -211,7 +212,7 @@ def test_distillation_does_not_change_the_pixels_error(tmp_path):
     student = make_student()
     teacher, img, noise = hear(path, student), torch.randn(2, 3, 24, 24), torch.rand(2, 16)
     order, visible = student.shuffle(img, noise)
-    errors = distilled(student, teacher)(img, noise, teacher(img, order[:, :visible]))
+    errors = distilled(student, teacher)(img, order, teacher(img, order[:, :visible]))
     torch.testing.assert_close(errors[0], student(img, noise), rtol=1e-6, atol=1e-6)
 
 
@@ -234,6 +235,47 @@ def test_a_shortened_teacher_says_the_same(tmp_path, kind, layers):
         assert not hasattr(teacher.vit.blocks[-1], "mlp")
 
 
+def test_a_compiled_teacher_is_what_is_called(tmp_path):
+    path, _ = write_teacher(tmp_path / "t.pth")
+    teacher, img, graphs = hear(path, make_student()), torch.randn(2, 3, 24, 24), []
+    plain = teacher(img)
+    teacher.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    torch.testing.assert_close(teacher(img), plain)
+    assert graphs
+
+
+def test_a_teacher_without_a_final_norm_can_teach_attention(tmp_path):
+    path, vit = write_teacher(tmp_path / "t.pth")
+    state = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in vit.state_dict().items()}
+    torch.save(state, tmp_path / "gap.pth")
+    student, img = make_student(), torch.randn(2, 3, 24, 24)
+    torch.testing.assert_close(hear(str(tmp_path / "gap.pth"), student, heads=3)(img), hear(path, student)(img))
+
+
+def test_which_network_of_a_file_taught_is_remembered(tmp_path):
+    _, vit = write_teacher(tmp_path / "t.pth")
+    state = {f"module.backbone.{k}": v for k, v in vit.state_dict().items()}
+    torch.save(dict(student=state, teacher=state), tmp_path / "dino.pth")
+    student = make_student()
+    one, other = (hear(f"{tmp_path}/dino.pth:{key}", student, heads=3) for key in ("student", "teacher"))
+    with pytest.raises(SystemExit, match="is not the teacher that this run began with"):
+        other.load_state_dict(one.state_dict())
+    one.load_state_dict(one.state_dict())
+
+
+def test_a_decoupled_student_starts_from_any_file(tmp_path):
+    """--init: the reduced block, which a file need not have, stays fresh; the rest must be there."""
+    plain, student = make_student(depth=6), make_student(depth=7, tap=4, decoupled=True)
+    torch.nn.init.normal_(plain.blocks[0].norm1.weight)
+    torch.save(dict(model=plain.state_dict(), config=plain.config), tmp_path / "plain.pt")
+    fresh = student.blocks[6].attn.qkv.weight.clone()
+    distill.start_from(student, str(tmp_path / "plain.pt"), str)
+    assert torch.equal(student.blocks[0].norm1.weight, plain.blocks[0].norm1.weight)
+    assert torch.equal(student.blocks[6].attn.qkv.weight, fresh)
+    with pytest.raises(SystemExit, match="lacks"):
+        distill.start_from(make_student(depth=8, tap=4, decoupled=True), str(tmp_path / "plain.pt"), str)
+
+
 def test_the_teacher_is_in_no_state_dict(tmp_path):
     path, _ = write_teacher(tmp_path / "t.pth")
     student = make_student()
@@ -242,8 +284,8 @@ def test_the_teacher_is_in_no_state_dict(tmp_path):
     model = distilled(student, teacher)
     assert set(model.state_dict()) == {f"model.{k}" for k in student.state_dict()} | {"lesson.adapters.0.weight"}
     assert list(teacher.state_dict()) == ["sha256"]
-    img, noise = torch.randn(2, 3, 24, 24), torch.rand(2, 16)
-    model(img, noise, teacher(img, student.shuffle(img, noise)[0][:, :4])).sum().backward()
+    img, order = torch.randn(2, 3, 24, 24), torch.rand(2, 16).argsort(1)
+    model(img, order, teacher(img, order[:, :4])).sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.vit.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.vit.state_dict().items()) and not teacher.vit.training
 
@@ -269,15 +311,13 @@ def test_a_pupil_learns_in_every_block(tmp_path):
     path, _ = write_teacher(tmp_path / "t.pth")
     img, keep = torch.randn(2, 3, 24, 24), torch.rand(2, 16).argsort(1)[:, :4]
     for kind in ("attention", "hidden"):
-        student = ViT(24, 6, dim=16, depth=3, heads=4)
-        if kind == "attention":
-            decouple(student)
+        argv = ["--teacher", path, "--distill", kind, "--model", "vit_mini", "--img-size", "24", "--patch-size", "6"]
+        student = distill.build(distill.resolve(*mae.training.parse(distill.Config, "", argv)))
         teacher = hear(path, student, kind)
         pupil = Pupil(student, Lesson(student.config, teacher.shape, teacher.pairs))
         for seen in (keep, None):
             got = reached(pupil, pupil(img, seen, teacher(img, seen)).sum())
-            rest = {n for n, p in pupil.named_parameters() if p.requires_grad} - got
-            assert rest == ({"model.norm.weight", "model.norm.bias"} if kind == "attention" else set())
+            assert got == {n for n, p in pupil.named_parameters() if p.requires_grad}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -298,6 +338,7 @@ def test_mistaken_teachers(tmp_path):
             ((path, "attention", ("3:4",)), "3:4: the teacher has layers 1 to 3, none is number 4"),
             ((path, "attention", ("0:1",)), "the student has layers 1 to 3, none is number 0"),
             ((path, "hidden", ("4:1",)), "the student has layers 0 to 3, none is number 4"),
+            ((path, "attention", ("²:3",)), "is not STUDENT:TEACHER"),
             ((path, "attention", ("3",)), "3 is not STUDENT:TEACHER, two numbers such as 3:3"),
             ((path, "attention", ("3:1", "3:2")), "names a layer of the student twice"),
             ((str(bare), "attention", None), "does not say how many heads it has.*give --teacher-heads"),
@@ -315,7 +356,8 @@ def test_mistaken_teachers(tmp_path):
     (["--distill", "decoupled"], "--distill needs a teacher: give --distill-teacher FILE"),
     (["--distill-teacher", "x", "--distill", "logits"], "--distill is attention, hidden or decoupled, not logits"),
     (["--distill-teacher", "x", "--distill-tap", "3"], "--distill-tap goes with --distill decoupled"),
-    (["--teacher-heads", "3"], "--teacher-heads needs a teacher")])
+    (["--teacher-heads", "3"], "--teacher-heads needs a teacher"),
+    (["--distill-weight", "2"], "--distill-weight needs a teacher")])
 def test_mistaken_options(argv, words):
     with pytest.raises(SystemExit, match=words):
         mae.resolve(*mae.training.parse(mae.Config, "", argv))
@@ -345,8 +387,8 @@ def teacher_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("script, options, world", [
-    ("mae.py", ["--distill", "decoupled"], 1), ("mae.py", [], 2), ("distill.py", ["--mask-ratio", "0"], 1),
-    ("distill.py", ["--distill", "hidden"], 2)])
+    ("mae.py", ["--distill", "decoupled"], 1), ("mae.py", [], 2), ("distill.py", ["--distill", "hidden"], 1),
+    ("distill.py", ["--mask-ratio", "0"], 2)])
 def test_killed_and_resumed_is_bitwise_the_same(classes, teacher_file, tmp_path, script, options, world):
     name = "--distill-teacher" if script == "mae.py" else "--teacher"
     args = ["--data", classes, *TINY, name, teacher_file, "--teacher-heads", 3, *options, "--epochs", 8]    # 40 steps
@@ -384,6 +426,18 @@ def test_distilled_checkpoints_can_be_drawn_and_read(classes, teacher_file, tmp_
         finish("--visualize", out / "last.pt", "--images", classes, "--out", tmp_path / f"{kind}-drawn")
         assert (tmp_path / f"{kind}-drawn" / "recon.png").exists()
         assert json.loads((out / "log.jsonl").read_text().splitlines()[0])["config"]["distill"] == kind
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("script", ["mae.py", "distill.py"])
+def test_compiled_with_a_teacher(classes, teacher_file, tmp_path, script):
+    name = "--distill-teacher" if script == "mae.py" else "--teacher"
+    args = ["--data", classes, *TINY, name, teacher_file, "--teacher-heads", 3, "--epochs", 2]
+    for how in ("--compile", "--no-compile"):
+        finish(*args, how, "--out", tmp_path / how, script=script)
+    a, b = ([r["loss"] for r in rows(tmp_path / how) if "loss" in r] for how in ("--compile", "--no-compile"))
+    assert len(a) == 10 and a == pytest.approx(b, rel=1e-4)     # fused kernels round otherwise
 
 
 @pytest.mark.slow

@@ -146,6 +146,25 @@ def test_a_tar_is_the_folder(odd_set, tmp_path, inside, format):
     same(find(path), find(path))                                # the second time from the index
 
 
+def test_a_tar_of_all_three_parts_and_of_other_things(odd_set, tmp_path):
+    """val/ is evaluated on, not test/; what else there is is not trained on: as for the folder."""
+    write_images(odd_set / "test" / "a", 2, side=8, seed=3)
+    write_images(odd_set / "docs", 2, side=8, seed=4)
+    path = tar(tmp_path / "x.tar", odd_set)
+    for split in ("train", "val"):
+        same(find(path, split), find(str(odd_set), split))
+    assert len(find(path, "val")) == 5 and find(path).classes
+
+
+def test_hidden_things_are_no_images(tmp_path):
+    for name in ("a", ".thumbs", "__MACOSX", "a/.cache"):
+        write_images(tmp_path / "set" / "train" / name, 2, side=8)
+    os.symlink("loop.png", tmp_path / "set" / "train" / "a" / "loop.png")
+    folder = find(str(tmp_path / "set"))
+    assert (len(folder), folder.classes) == (2, ["a"]) and "1 dead links" in describe(folder)
+    same(find(tar(tmp_path / "x.tar", tmp_path / "set")), folder)
+
+
 def test_tars_in_place_of_folders(odd_set, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
@@ -464,6 +483,35 @@ def test_pack_interrupted_at_any_byte_goes_on_to_the_same_tar(large, tmp_path, m
         dest.unlink()
 
 
+def test_pack_interrupted_amid_an_image_goes_on_to_the_same_tar(large, tmp_path, monkeypatch):
+    """Between the header of an image and its end, wherever the tar's own writer happens to be."""
+    pack(large, tmp_path / "whole.tar", "--short-side", 32)
+    copy, dest = tarfile.copyfileobj, tmp_path / "p.tar"
+    for stop in (0, 3, 9, 18):
+        for half in (False, True):
+            calls = []
+
+            def stopping(source, target, length, *args, calls=calls, stop=stop, half=half, **options):
+                calls.append(length)
+                if len(calls) == stop + 1:
+                    copy(source, target, length // 2, *args, **options) if half else None
+                    raise KeyboardInterrupt
+                copy(source, target, length, *args, **options)
+            monkeypatch.setattr(tarfile, "copyfileobj", stopping)
+            pack(large, dest, "--short-side", 32, expect="stopped: the same command goes on")
+            monkeypatch.setattr(tarfile, "copyfileobj", copy)
+            pack(large, dest, "--short-side", 32)
+            assert dest.read_bytes() == (tmp_path / "whole.tar").read_bytes()
+            dest.unlink()
+
+
+def test_two_of_one_name_are_not_lost_in_silence(tmp_path):
+    write_images(tmp_path / "set", 1)
+    write_images(tmp_path / "other", 1, suffix=".jpg")
+    os.rename(tmp_path / "other" / "000.jpg", tmp_path / "set" / "000.png.jpg")
+    pack(tmp_path / "set", tmp_path / "p.tar", expect="has 1 images, fewer than were written: two have one name")
+
+
 def test_damaged_notes_of_a_pack_start_it_anew(large, tmp_path):
     pack(large, tmp_path / "whole.tar", "--short-side", 32)
     whole = (tmp_path / "whole.tar").read_bytes()
@@ -476,26 +524,31 @@ def test_damaged_notes_of_a_pack_start_it_anew(large, tmp_path):
         (tmp_path / "p.tar").unlink()
 
 
-def test_killed_pack_goes_on(large, tmp_path):
+def test_killed_pack_goes_on(large, tmp_path, capsys):
     """A real process, kill -9 at several moments."""
     pack(large, tmp_path / "whole.tar", "--short-side", 32)
     code = ("import data, time; say = data.smaller\n"
             "def slow(*a):\n    time.sleep(0.03); return say(*a)\n"
-            "data.smaller = slow; data.command_line()")
+            "data.smaller, data.NOTE_EVERY = slow, 0.05; data.command_line()")
     command = [sys.executable, "-c", code, "pack", large, tmp_path / "p.tar", "--short-side", "32", "--workers", "1"]
+    note, begun = tmp_path / "p.tar.part.json", 0
     for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(0.2)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while not (note.exists() and json.loads(note.read_text())["done"] > begun):
+            time.sleep(0.01)
+            assert process.poll() is None
         process.kill()
         process.communicate()
-        assert not (tmp_path / "p.tar").exists()
+        begun = json.loads(note.read_text())["done"]
+        assert not (tmp_path / "p.tar").exists() and 0 < begun < 20
     pack(large, tmp_path / "p.tar", "--short-side", 32)
+    assert f"going on after {begun} of 20 images" in capsys.readouterr().out
     assert (tmp_path / "p.tar").read_bytes() == (tmp_path / "whole.tar").read_bytes()
 
 
 def test_mistaken_packs(large, tmp_path):
     pack(large, tmp_path / "p.zip", expect="ends in .tar")
+    pack(large, tmp_path / "nowhere" / "p.tar", expect="cannot be written")
     pack(large, tmp_path / "p.tar", "--quality", 0, expect="--quality 1 to 100")
     pack(tmp_path / "nothing", tmp_path / "p.tar", expect="does not exist")
     (tmp_path / "p.tar").write_bytes(b"precious")

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -304,16 +303,18 @@ def test_a_signal_stops_at_the_next_step(tmp_path):
     assert stop.value.code == 0
 
 
-def test_waiting_for_images_is_named_once(tmp_path, capsys):
-    for slow, said in ((False, 0), (True, 1)):
+def test_waiting_for_images_is_named_once(tmp_path, capsys, monkeypatch):
+    clock = [0.0]                                               # not the machine's: it may be busy with other things
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    for slow, said in ((0.1, 0), (0.5, 1)):
         log = Log(Config(out=str(tmp_path)), 0, torch.device("cpu"), 0, Steps(100, 0, 10))
 
         def batches(slow=slow):
             for _ in range(9):
-                time.sleep(0.01 * slow)
+                clock[0] += slow
                 yield 1
         for step, _ in enumerate(log.waiting(batches())):
-            time.sleep(0.01)
+            clock[0] += 1 - slow
             log(step + 1, loss=1.0)
         assert capsys.readouterr().out.count("of a step waits for images; more --workers") == said
 
