@@ -8,6 +8,7 @@ python data.py pack SOURCE DEST.tar --short-side 256 --quality 90   the same at 
 SOURCE is what --data may be (see sources.py)
 """
 import argparse
+import ctypes
 import datetime
 import fcntl
 import hashlib
@@ -62,6 +63,8 @@ def open_image(data):
     img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
     img.load()
     img = ImageOps.exif_transpose(img)
+    if img.mode == "F":
+        raise ValueError("pixels are 32-bit floats, whose range nobody knows: save them with 8 or 16 bits")
     if img.mode.startswith("I;16") or img.mode == "I" and img.getextrema()[1] > 255:    # Pillow would clip, not scale
         img = Image.fromarray((np.asarray(img, dtype=np.int32).clip(0, 65535) // 257).astype(np.uint8))
     return img
@@ -303,7 +306,9 @@ def as_they_are(batch):
 
 def quiet_worker(_):
     # Signals are the training process's to act on: a worker killed by the same Ctrl-C would take the unsaved run with
-    # it.
+    # it. But when that process is killed, a worker that is writing to it would wait for ever: so it dies with it.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -368,7 +373,8 @@ def look_at(source, i):
         decode(data)
         return *found, None
     except Exception as error:
-        return "unreadable", "", 0, 0, 0, f"{source.name(i)}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        why = (str(error).splitlines() or [type(error).__name__])[0].split(" <_io")[0]
+        return "unreadable", "", 0, 0, 0, f"{source.name(i)}: {why}"
 
 
 def inspect(a):

@@ -303,8 +303,8 @@ def pretrain(cfg):
     visible = int(patches * (1 - cfg.mask_ratio)) or training.die(f"--mask-ratio {cfg.mask_ratio:g} leaves no patch")
     optimizer = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
-    run = training.Run(cfg, "distill", rank, world, len(train), model=model, optimizer=optimizer, scaler=scaler,
-                       teacher=teacher)
+    run = training.Run(cfg, "distill", rank, world, len(train), teacher=teacher, model=model, optimizer=optimizer,
+                       scaler=scaler)
     if cfg.init and not run.step:
         start_from(student, cfg.init, say)
     training.compile_if(cfg, device, model, teacher)
@@ -357,6 +357,8 @@ def pretrain(cfg):
 
 def before(script, out, *options):
     """Another demo run of mae.py, in its own process, before this one. Returns the path of its encoder."""
+    if not os.path.exists(script):
+        raise SystemExit(f"the demo's teacher is made by mae.py, and {script} does not exist: give --teacher FILE")
     print(f"--- first: mae.py --demo {' '.join(map(str, options))}", flush=True)
     done = subprocess.run([sys.executable, script, "--demo", "--out", out, *map(str, options)])
     if done.returncode:

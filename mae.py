@@ -275,7 +275,10 @@ def sample(source, cfg, count=8):
     """Evaluation crops of `count` random images of a source, always the same ones, uint8 (count, C, h, w)."""
     crops = CenterCrops(source, pair(cfg.img_size), cfg.in_chans)
     chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count]
-    return torch.stack([crops[i][0] for i in chosen.tolist()])
+    imgs, _, failed = crops.__getitems__(chosen.tolist())
+    for name in failed:
+        print(f"warning: {name} cannot be read; another image is drawn in its place", flush=True)
+    return imgs
 
 
 def visualize(cfg, given):
@@ -413,8 +416,8 @@ def pretrain(cfg):
     model, teacher, weights = with_teacher(cfg, student, mean, std, device, say)
     optimizer = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay), peak, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
-    run = training.Run(cfg, "mae", rank, world, len(train), model=model, optimizer=optimizer, scaler=scaler,
-                       **({"teacher": teacher} if teacher else {}))
+    learned = dict(model=model, optimizer=optimizer, scaler=scaler)
+    run = training.Run(cfg, "mae", rank, world, len(train), **({"teacher": teacher} if teacher else {}), **learned)
     if cfg.init and not run.step:
         start_from(student, cfg.init, say)
     training.compile_if(cfg, device, model, *([teacher] if teacher else []))

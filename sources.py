@@ -333,8 +333,8 @@ class Named:
         except ImportError as error:                            # torchvision reads some lists with scipy
             raise SystemExit(f"{name} needs a package that is not here: {error}") from None
         except (RuntimeError, OSError, ValueError) as error:    # torchvision's "not found or corrupted"
-            raise SystemExit(f"{name} is not whole under {root} ({str(error).splitlines()[0]}): give --download, or "
-                             "set DATASETS to where it is") from None
+            hint = "it could not be fetched" if download else "give --download, or set DATASETS to where it is"
+            raise SystemExit(f"{name} is not whole under {root} ({str(error).splitlines()[0]}): {hint}") from None
         self.where, self.skipped, self.paths, self.pictures = f"{root} ({name}, {split})", Counter(), None, None
         if files_of:
             self.paths = np.array([os.fsencode(path) for part in parts for path in files_of(part)], dtype=bytes)
@@ -513,8 +513,9 @@ def find(data, split="train", download=False):
     if os.path.isdir(root):
         place, labelled = (train or root, train is not None) if split == "train" else (train and val, True)
     else:
-        tops, named = tops_of(root), os.path.splitext(os.path.basename(root))[0] in TRAIN_NAMES
-        place, labelled = root, named
+        tops, name = tops_of(root), os.path.splitext(os.path.basename(root))[0]
+        named = name in TRAIN_NAMES
+        place, labelled = root, named or name in VAL_NAMES
         if split == "val" and not ("train" in tops and tops & set(VAL_NAMES)):
             place, labelled = val if named else None, True
     return open_part(place, split, labelled) if place else None

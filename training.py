@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 import typing
 from contextlib import contextmanager, nullcontext
@@ -151,6 +152,12 @@ def launch(main):
             sys.stdout.flush()
             os._exit(1)
         raise
+    except Exception:                                           # a mistake of ours, on one process or on all
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
     finally:
         if dist.is_initialized() and sys.exc_info()[0] in (None, SystemExit):
             dist.destroy_process_group()

@@ -148,7 +148,8 @@ def load_into(model, weights, say=print):
         f"not expected: {summary(k for k in state if k not in matched)}")
     lost = [k for k in missing if not k.startswith(("head.", "fc_norm.", "decoder_", "mask_token"))]
     if lost:
-        refuse(path, f"lacks {len(lost)} tensors of the encoder ({', '.join(lost[:3])}, ...): it is another network")
+        refuse(path, f"lacks {len(lost)} tensors of the encoder ({', '.join(lost[:3])}, ...): it is another network, "
+                     "or the last.pt of a distilled student, whose encoder.pt is what to give")
     model.load_state_dict({**want, **matched})
     return missing
 

@@ -49,6 +49,11 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert np.abs(out - deep / 257).max() <= 1
 
 
+def test_float_pixels_are_refused_not_blackened():
+    with pytest.raises(ValueError, match="32-bit floats"):
+        decode(encoded(Image.fromarray(np.random.default_rng(0).random((8, 12), dtype=np.float32)), format="TIFF"))
+
+
 def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6                                            # the camera was turned: show it turned back

@@ -414,6 +414,10 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, teacher_file, tmp_path,
         torch.save({k: v + 1 for k, v in torch.load(teacher_file).items()}, moved)
         text = finish(*args, "--out", out, script=script, expect=1)
         assert "is not the teacher that this run began with" in text and "Traceback" not in text
+        torch.save(ViT(16, 4, dim=64, depth=2, heads=4).state_dict(), moved)    # of another size, too
+        args[args.index("--teacher-heads") + 1] = 4
+        text = finish(*args, "--out", out, script=script, expect=1)
+        assert "teacher_heads was 3, is 4" in text and "Traceback" not in text
 
 
 def test_distilled_checkpoints_can_be_drawn_and_read(classes, teacher_file, tmp_path):

@@ -524,6 +524,10 @@ def test_damaged_notes_of_a_pack_start_it_anew(large, tmp_path):
         (tmp_path / "p.tar").unlink()
 
 
+def ps(*args):
+    return subprocess.run(["ps", "-o", *map(str, args)], capture_output=True, text=True).stdout
+
+
 def test_killed_pack_goes_on(large, tmp_path, capsys):
     """A real process, kill -9 at several moments."""
     pack(large, tmp_path / "whole.tar", "--short-side", 32)
@@ -537,8 +541,11 @@ def test_killed_pack_goes_on(large, tmp_path, capsys):
         while not (note.exists() and json.loads(note.read_text())["done"] > begun):
             time.sleep(0.01)
             assert process.poll() is None
+        workers = ps("pid=", "--ppid", process.pid).split()
         process.kill()
         process.communicate()
+        while any(ps("stat=", "-p", pid).strip() not in ("", "Z") for pid in workers):      # none outlives its parent
+            time.sleep(0.01)
         begun = json.loads(note.read_text())["done"]
         assert not (tmp_path / "p.tar").exists() and 0 < begun < 20
     pack(large, tmp_path / "p.tar", "--short-side", 32)
