@@ -70,8 +70,8 @@ def test_runbooks_parse():
         assert len(script.read_text().splitlines()) <= 15
         subprocess.run(["bash", "-n", str(script)], check=True)
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", script.read_text())       # ${NAME:-what it is if not given}
-        for name, value in re.findall(r'^(\w+)="?([^"$]*?)"?$', text, re.M):
-            text = text.replace(f"${name}", " ".join(value.split()))
+        for name, value in re.findall(r'^(\w+)=("[^"]*"|\S+)$', text, re.M):
+            text = text.replace(f"${name}", " ".join(value.strip('"').split()))
         for line in text.replace("\\\n", " ").splitlines():
             for method in (mae, distill):
                 name = f" {method.__name__}.py "
