@@ -376,7 +376,8 @@ def main():
     os.makedirs("results", exist_ok=True)
     if os.path.exists(path):                                    # other rows of the same day stay
         with open(path) as f:
-            facts = json.load(f) | facts
+            old = json.load(f)
+        facts = old | facts | dict(command=f"{old['command']}; {facts['command']}")
     with open(path, "w") as f:
         json.dump(dict(facts, **rows), f, indent=1)
     print(f"wrote {path}")

@@ -489,8 +489,8 @@ def main(argv=None):
         print(f"--- then: the same student, distilled ({cfg.distill})", flush=True)
     pretrain(cfg)
     if story:
-        told = {name: rows(folder) for name, folder in (("teacher", teacher), ("plain", plain), ("distilled", cfg.out))}
-        for name, row in told.items():
+        ends = {name: rows(folder) for name, folder in (("teacher", teacher), ("plain", plain), ("distilled", cfg.out))}
+        for name, row in ends.items():
             print(f"{name:10} k-NN {row['knn']:.1f}%  linear {row['linear']:.1f}%  pixels' error "
                   f"{row.get('pixels', row['loss']):.4f}")
         print(f"{cfg.distill}: error {row['taught']:.4f}, {row['taught_chance']:.4f} by chance")

@@ -66,7 +66,7 @@ class Plumbing:
     keep_every: int = opt(0, "epochs between checkpoints that are kept for good; 0: none is", 0)
     max_unreadable: float = opt(0.05, "share of unreadable images above which the run stops", 0)
     max_skipped: int = opt(20, "steps in a row with a non-finite gradient after which the run stops", 1)
-    demo: bool = opt(False, "a small run on images made on the fly, three minutes on a CPU")
+    demo: bool = opt(False, "a small run on images made on the fly, minutes on a CPU")
 
 
 # The numbers do not depend on these (on accum only through what is drawn, of a teacher the file itself is compared),
