@@ -23,7 +23,7 @@ test-slow: setup
 	$(RUN) -m pytest -m slow
 
 bench: setup
-	$(RUN) bench.py
+	$(RUN) bench.py $(if $(DATA),--data $(DATA))
 
 lint: setup
 	$(VENV)/bin/ruff check .
