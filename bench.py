@@ -5,6 +5,7 @@ python bench.py --data SET           every row that fits this machine; writes re
 python bench.py step                 the optimizer step alone, on fixed images
 python bench.py distill              the same with a ViT-Base teacher (D-MAE)
 python bench.py input --data TAR     files to normalised float batches, alone: from the files as they are, and packed
+python bench.py index                a tar of 1,281,000 entries: gone through once, then opened from its index
 python bench.py both --data TAR      step and input together: how much of a step waits for images
 The textbook (tests/textbook.py) is MAE from timm's blocks as the official code does it: embed all, decode all, predict
 all, plain AdamW; on a GPU it runs as that code runs: eager, fp16 autocast, GradScaler, the loss read at every step. Its
@@ -12,6 +13,7 @@ input is Pillow's decoding, then torchvision's RandomResizedCrop (bicubic), flip
 """
 import argparse
 import datetime
+import io
 import json
 import os
 import platform
@@ -19,10 +21,12 @@ import re
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -236,6 +240,25 @@ def step_rows(a):
 # Input
 
 
+def index_rows(folder):
+    """Seconds to open a tar of 1,000 classes x 1,281 one-pixel images without and with its index."""
+    path, buffer, rows = os.path.join(folder, "big.tar"), io.BytesIO(), []
+    Image.new("L", (1, 1)).save(buffer, "JPEG")
+    body = buffer.getvalue() + bytes(-len(buffer.getvalue()) % 512)
+    with open(path, "wb") as f:
+        for k in range(1_281_000):
+            info = tarfile.TarInfo(f"train/n{k // 1281:08}/{k}.JPEG")
+            info.size = len(buffer.getvalue())
+            f.write(info.tobuf(tarfile.USTAR_FORMAT) + body)
+        f.write(bytes(1024))
+    for how in ("gone through", "from its index"):
+        began = time.perf_counter()
+        count = len(find(path))
+        rows.append(dict(entries=count, how=how, seconds=round(time.perf_counter() - began, 3)))
+        print(f"| {count:,} | {how} | {rows[-1]['seconds']:.2f} s |", flush=True)
+    return rows
+
+
 def batches_of(kind, source, batch, count, workers, device):
     """Endless-looking normalised float batches on the device, `count` of them."""
     order = torch.randperm(count * batch, generator=torch.Generator().manual_seed(0)) % len(source)
@@ -326,7 +349,8 @@ def both_rows(a, original, packed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="step, distill, input, both [all; without --data, step and distill]")
+    parser.add_argument("what", nargs="*", help="step, distill, index, input, both [step distill; with --data both of "
+                                                "them, and input both]")
     parser.add_argument("--data", help="images for input and both, some thousand at most")
     parser.add_argument("--workers", type=int, nargs="+", help="decoding processes [1 2; 16 on a GPU machine]")
     parser.add_argument("--model", default="vit_tiny", choices=[m for m in MODELS if MODELS[m]["patch_size"] > 4])
@@ -360,6 +384,9 @@ def main():
             torch.save(dict(model=ViT(**MODELS["vit_base"]).state_dict()), a.teacher)
             rows["distill"] = step_rows(a)
             a.teacher, a.batch = None, batches
+    if "index" in a.what:
+        with tempfile.TemporaryDirectory() as folder:
+            rows["index"] = index_rows(folder)
     if "input" in a.what or "both" in a.what:
         original = find(a.data or training.die("input and both need --data, some hundred to thousand images"))
         if len(original) > 20_000:

@@ -420,10 +420,14 @@ class ArrayOfPairs:
             place -= count
 
 
+def packed_name(source, i, folder, *_):
+    name = folder + source.relative(i)
+    return name + ("" if name.lower().endswith((".jpg", ".jpeg")) else ".jpg")
+
+
 def smaller(source, i, folder, short_side, quality):
     """-> name in the packed tar, JPEG bytes (None: unreadable). A JPEG that is small enough goes over as it is."""
-    name = folder + source.relative(i)
-    name += "" if name.lower().endswith((".jpg", ".jpeg")) else ".jpg"
+    name = packed_name(source, i, folder)
     try:
         data = source.read(i)
         img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
@@ -457,9 +461,12 @@ def pack(a):
     sources = {split: source for split, source in sources.items() if source is not None}
     parted = len(sources) > 1 or sources["train"].classes is not None
     items = ArrayOfPairs([(s, len(s), f"{k}/" * parted, a.short_side, a.quality) for k, s in sources.items()])
-    names = hashlib.sha256("\n".join(items[i][0].relative(items[i][1]) for i in range(len(items))).encode(
-        "utf-8", "surrogateescape")).hexdigest()
-    settings = dict(format=1, names=names, images=len(items), short_side=a.short_side, quality=a.quality)
+    names = [packed_name(*items[i]) for i in range(len(items))]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise SystemExit(f"two images would both be {twice} in {a.dest}: rename one of them and pack again")
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    settings = dict(format=1, names=digest, images=len(names), short_side=a.short_side, quality=a.quality)
     for split, source in sources.items():
         print(f"{split}: {describe(source)}")
     part, note = a.dest + ".part", a.dest + ".part.json"
@@ -486,12 +493,8 @@ def pack(a):
     os.remove(note)
     print(f"packed {len(items) - len(left_out):,} images into {a.dest}, {os.path.getsize(a.dest) / 2 ** 20:,.1f} MB" +
           f"; {len(left_out)} cannot be read and were left out" * bool(left_out))
-    packed = {split: find(a.dest, split) for split in sources}
-    if sum(map(len, packed.values())) != len(items) - len(left_out):
-        raise SystemExit(f"{a.dest} has {sum(map(len, packed.values())):,} images, fewer than were written: two have "
-                         "one name, such as x.png and x.png.jpg; rename one and pack again")
     for split, source in sources.items():
-        if packed[split].classes != source.classes:
+        if find(a.dest, split).classes != source.classes:
             print(f"note: the classes of {split} are not those of {a.source}: there they are not in the order of their "
                   "names, or one has no image that can be read")
 

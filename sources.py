@@ -53,13 +53,13 @@ def walk(folder, skipped, seen=()):
         return
     for entry in listing(folder):
         try:
-            folder = entry.is_dir()
+            inner = entry.is_dir()
         except OSError:                                         # a link to itself
             skipped["dead links"] += 1
             continue
-        if folder and not is_hidden(entry.name):
+        if inner and not is_hidden(entry.name):
             yield from walk(entry.path, skipped, (*seen, here))
-        elif folder:
+        elif inner:
             continue
         elif is_image(entry.name):
             yield entry.path
