@@ -139,28 +139,32 @@ def setup(device="auto"):
 
 
 def launch(main):
-    """Run a script's main. One process that fails alone must leave at once, without the goodbyes of a process group:
-    the others sit in a collective and would be waited for, until torchrun sees this one gone and ends them."""
+    """Run a script's main. One of several processes leaves at once, without the interpreter's goodbyes. If it failed,
+    the others sit in a collective and would be waited for, until torchrun sees this one gone and ends them. If it is
+    done, a thread of Gloo's may still ask for the interpreter that is being taken down, and abort a finished run (seen now
+    and then with torch 2.15 on busy cores)."""
+    code = 1
     try:
         main()
+        code = 0
     except SystemExit as stop:
-        if dist.is_initialized() and stop.code:
-            if isinstance(stop.code, str):
-                if os.environ["RANK"] != "0":                   # if rank 0 says the same, this one is ended first
-                    time.sleep(3)
-                print(stop.code, file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(1)
-        raise
+        if not dist.is_initialized():
+            raise
+        code = int(bool(stop.code))
+        if isinstance(stop.code, str):
+            if os.environ["RANK"] != "0":                       # if rank 0 says the same, this one is ended first
+                time.sleep(3)
+            print(stop.code, file=sys.stderr)
     except Exception:                                           # a mistake of ours, on one process or on all
         if not dist.is_initialized():
             raise
         traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] in (None, SystemExit):
+    if dist.is_initialized():
+        if not code:
             dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def precision(name, device):
@@ -237,16 +241,17 @@ def plan(cfg, images, world, repeat=1):
     return steps, cfg.blr * cfg.batch_size / 256 if cfg.lr is None else cfg.lr
 
 
-def warmup_cosine(step, steps, warmup, peak, floor=0.0):
-    """Learning rate of step `step` (from 0): linear from 0 over `warmup` steps, then half a cosine down to `floor`."""
+def warmup_cosine(step, steps, warmup, peak, floor=0.0, start=0.0):
+    """Learning rate of step `step` (from 0): linear from `start` over `warmup` steps, then half a cosine to `floor`."""
     if step < warmup:
-        return peak * step / warmup                             # the very first step has rate 0, as published for MAE
+        return start + (peak - start) * step / warmup           # the very first step has rate 0, as published for MAE
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def set_lr(optimizer, lr):
+    """The rate of every group: lr, times the group's lr_scale if it has one, which scales the floor as well."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def decay_groups(model, weight_decay):

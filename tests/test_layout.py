@@ -15,7 +15,7 @@ SIDEWAYS = {"mae": {"probe", "distill"}, "distill": {"probe"}}
 FREE = {"bench"}
 # Raised from the plan's 300, 300, 400, 160, 260 and 40 for training, mae, data, weights, distill and flatten, and
 # sources added: see the log of these lines.
-BUDGET = {"vit.py": 400, "weights.py": 180, "sources.py": 580, "data.py": 575, "augment.py": 240, "training.py": 585,
+BUDGET = {"vit.py": 400, "weights.py": 180, "sources.py": 580, "data.py": 575, "augment.py": 240, "training.py": 590,
           "mae.py": 505, "distill.py": 390, "probe.py": 280, "bench.py": 415, "flatten.py": 60}
 FILES = sorted(ROOT.glob("*.py"))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from golden import FOLDER, Golden, close, close_grads, needs_golden, read_json
 
 from mae import MAE, RECIPES, patchify
-from training import decay_groups, finite_step, warmup_cosine
+from training import decay_groups, finite_step, set_lr, warmup_cosine
 from vit import MODELS, ViT, drop_path, resize_positions, sincos_positions
 from weights import build_vit, load_into, read, shape_of
 
@@ -71,6 +71,19 @@ def test_schedule():
                             dtype=torch.float64).repeat_interleave(accum)
         close(ours, g(f"out/lr_{i}"), 1e-12)
         close(0.3 * ours, g(f"out/lr_scaled0.3_{i}"), 1e-12)
+
+
+def test_schedule_of_mae_lite():
+    g = Golden("schedule_maelite")
+    optimizer = torch.optim.SGD([dict(params=[torch.zeros(1)], lr_scale=s) for s in g.config["lr_scales"]], 1.0)
+    for i, c in enumerate(g.config["cases"]):
+        start = c["warmup_lr_start"] if c["warmup_steps"] else 0.0
+        ours = []
+        for n in range(c["total_steps"] + 1):
+            set_lr(optimizer, warmup_cosine(n, c["total_steps"], c["warmup_steps"], c["lr"], c["end_lr"], start))
+            ours.append([group["lr"] for group in optimizer.param_groups])
+        ours = torch.tensor(ours, dtype=torch.float64)
+        close(ours if c["sched"] == "warmcos_scale" else ours[:, :1].expand_as(ours), g(f"out/lr_{i}"), 1e-12)
 
 
 @pytest.mark.parametrize("file, row, name", [
