@@ -72,7 +72,8 @@ class Plumbing:
 # The numbers do not depend on these (on accum only through what is drawn, of a teacher the file itself is compared),
 # so a run may go on with other values.
 FREE = {"out", "compile", "distill_teacher", "teacher", "resume", "device", "workers", "download", "log_every",
-        "save_every", "keep_every", "picture_every", "probe_every", "max_unreadable", "max_skipped", "accum"}
+        "save_every", "keep_every", "eval_every", "picture_every", "probe_every", "max_unreadable", "max_skipped",
+        "accum"}
 
 
 def parse(Config, doc, argv=None):
@@ -141,8 +142,8 @@ def setup(device="auto"):
 def launch(main):
     """Run a script's main. One of several processes leaves at once, without the interpreter's goodbyes. If it failed,
     the others sit in a collective and would be waited for, until torchrun sees this one gone and ends them. If it is
-    done, a thread of Gloo's may still ask for the interpreter that is being taken down, and abort a finished run (seen now
-    and then with torch 2.15 on busy cores)."""
+    done, a thread of Gloo's may still ask for the interpreter that is being taken down, and abort a finished run (seen
+    now and then with torch 2.15 on busy cores)."""
     code = 1
     try:
         main()

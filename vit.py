@@ -67,6 +67,30 @@ def resize_positions(pos, old, new, offset=0.0):
     return torch.cat([pos[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d").to(pos.dtype)], 1)
 
 
+def relative_index(height, width):
+    """Which row of a table of relative positions a pair of tokens has, (1 + N, 1 + N), query by key (BEiT).
+
+    Patches: by their offset, query minus key, down and then across: (2h - 1)(2w - 1) rows. The last three rows are cls
+    to patch, patch to cls, and cls to itself.
+    """
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    down, across = (t.flatten()[:, None] - t.flatten() for t in (y, x))
+    rows = (2 * height - 1) * (2 * width - 1)
+    index = F.pad((down + height - 1) * (2 * width - 1) + across + width - 1, (1, 0, 1, 0), value=rows)
+    index[1:, 0], index[0, 0] = rows + 1, rows + 2
+    return index
+
+
+def resize_relative(table, old, new):
+    """Bicubic resize of a table of relative positions (rows, H) from the grid `old` to `new`; cls's three rows stay."""
+    if tuple(old) == tuple(new):
+        return table
+    (h, w), size = ([2 * n - 1 for n in grid] for grid in (old, new))
+    offsets = rearrange(table[:-3].float(), "(h w) d -> 1 d h w", h=h, w=w)
+    offsets = F.interpolate(offsets, size, mode="bicubic", align_corners=False)
+    return torch.cat([rearrange(offsets, "1 d h w -> (h w) d").to(table.dtype), table[-3:]])
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Layers
 
@@ -105,44 +129,69 @@ class PatchEmbed(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention ("Attention is all you need", 3.2.2); one linear layer makes q, k and v, in that
-    order."""
+    order.
 
-    def __init__(self, dim, heads):
+    grid: (h, w) adds a learned number per head and relative position to the logits (see relative_index), for images of
+    this grid alone. key_bias False: q and v have biases of their own, k has none (BEiT).
+    """
+
+    def __init__(self, dim, heads, grid=None, key_bias=True):
         super().__init__()
         if dim % heads:
             raise ValueError(f"{heads} heads do not divide the width {dim}")
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.heads, self.relative = heads, grid is not None
+        self.qkv = nn.Linear(dim, 3 * dim, bias=key_bias)
+        if not key_bias:
+            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        if self.relative:
+            index = relative_index(*grid)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(int(index.max()) + 1, heads))
+            self.register_buffer("relative_position_index", index)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, first=0, with_logits=False):
         """x (B, N, D) -> (B, N - first, D): only tokens from number `first` on ask; all are asked.
 
-        with_logits: also return q k^T / sqrt(D / H) before the softmax, (B, H, N - first, N). The fused kernel keeps no
-        logits, so they are formed by hand then; the output is the same to rounding.
+        with_logits: also return q k^T / sqrt(D / H), plus the relative positions' share, before the softmax, (B, H, N -
+        first, N). The fused kernel keeps no logits, so they are formed by hand then; the output is the same to
+        rounding. Raises ValueError when relative positions meet another grid.
         """
+        weight, bias, D = self.qkv.weight, self.bias(), x.shape[-1]
         if first:
-            D = x.shape[-1]
-            q = F.linear(x[:, first:], self.qkv.weight[:D], self.qkv.bias[:D])
-            k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, -1)
+            q = F.linear(x[:, first:], weight[:D], bias[:D])
+            k, v = F.linear(x, weight[D:], bias[D:]).chunk(2, -1)
         else:
-            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k, v = F.linear(x, weight, bias).chunk(3, -1)
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
         if not with_logits:
-            out = F.scaled_dot_product_attention(q, k, v)
+            where = self.where(x.shape[1], first, q.dtype) if self.relative else None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=where)
             return self.proj(rearrange(out, "b h n d -> b n (h d)"))
-        logits = self.scaled_logits(q, k)
+        logits = self.scaled_logits(q, k, first)
         out = logits.softmax(-1) @ v
         return self.proj(rearrange(out, "b h n d -> b n (h d)")), logits
 
-    @staticmethod
-    def scaled_logits(q, k):
+    def bias(self):
+        if self.qkv.bias is not None:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def where(self, tokens, first, dtype):
+        """What relative positions add to the logits, (1, H, N - first, N)."""
+        if tokens != len(self.relative_position_index):
+            raise ValueError(f"relative positions of {len(self.relative_position_index)} tokens cannot take {tokens}: "
+                             "such a network sees whole images of its own size")
+        share = F.embedding(self.relative_position_index[first:], self.relative_position_bias_table)
+        return rearrange(share, "q k h -> 1 h q k").to(dtype)
+
+    def scaled_logits(self, q, k, first=0):
         # q is scaled before the product, not after: in fp16 an unscaled sum of 64 products overflows.
-        return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return logits + self.where(k.shape[2], first, logits.dtype) if self.relative else logits
 
     def logits(self, x):
         """Just the scaled logits, (B, H, N, N): where a frozen teacher can stop; its values are never formed."""
-        q, k = F.linear(x, *(t[:2 * x.shape[-1]] for t in (self.qkv.weight, self.qkv.bias))).chunk(2, -1)
+        q, k = F.linear(x, *(t[:2 * x.shape[-1]] for t in (self.qkv.weight, self.bias()))).chunk(2, -1)
         return self.scaled_logits(*(rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k)))
 
 
@@ -167,25 +216,30 @@ def drop_path(x, rate, noise=None):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then + mlp(norm(.))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then + mlp(norm(.)). layer_scale: the start of a learned
+    factor per channel on both branches (CaiT), 0 for none; grid, key_bias: see Attention."""
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0, eps=1e-6):
+    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0, eps=1e-6, layer_scale=0.0, grid=None, key_bias=True):
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, grid, key_bias)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, mlp_ratio)
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale else None
+                                      for _ in range(2))
 
     def forward(self, x, first=0, with_logits=False):
         """x (B, N, D) -> (B, N - first, D); with_logits also returns the attention's (B, H, N - first, N)."""
         out = self.attn(self.norm1(x), first, with_logits)
         out, logits = out if with_logits else (out, None)
-        x = self.add(x[:, first:] if first else x, out)
-        x = self.add(x, self.mlp(self.norm2(x)))
+        x = self.add(x[:, first:] if first else x, out, self.gamma_1)
+        x = self.add(x, self.mlp(self.norm2(x)), self.gamma_2)
         return (x, logits) if with_logits else x
 
-    def add(self, x, branch):
+    def add(self, x, branch, gamma):
+        if gamma is not None:
+            branch = branch * gamma
         return x + (drop_path(branch, self.drop_path) if self.training and self.drop_path else branch)
 
 
@@ -202,11 +256,13 @@ class ViT(nn.Module):
     num_classes   0: forward gives the (B, D) feature; else (B, num_classes) logits
     drop_path     rate at the last block; rises linearly from 0 at the first
     resize_offset how a table grows to another image size: 0 as MAE, 0.1 as DINO (see resize_positions)
+    relative      learned relative positions in every block, beside the absolute ones; layer_scale, key_bias: see Block
     Weights start as timm's do (normal 0.02, zero biases); a method that starts otherwise says so in its own file.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=192, depth=12, heads=12, mlp_ratio=4.0,
-                 num_classes=0, positions="sincos", readout="cls", drop_path=0.0, eps=1e-6, resize_offset=0.0):
+                 num_classes=0, positions="sincos", readout="cls", drop_path=0.0, eps=1e-6, resize_offset=0.0,
+                 relative=False, layer_scale=0.0, key_bias=True):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}     # encoder.pt has it
         self.config["img_size"] = pair(img_size)
@@ -222,7 +278,8 @@ class ViT(nn.Module):
             self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, rate, eps) for rate in rates])
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, rate, eps, layer_scale,
+                                           self.grid if relative else None, key_bias) for rate in rates])
         norm = nn.LayerNorm(dim, eps=eps)
         self.norm, self.fc_norm = (norm, nn.Identity()) if readout == "cls" else (nn.Identity(), norm)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
@@ -234,7 +291,8 @@ class ViT(nn.Module):
     def init_weights(module):
         if isinstance(module, nn.Linear):                       # the patch convolution keeps torch's start, as in timm
             nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def grid_of(self, height, width):
         """Patches down and across. Raises ValueError when they do not tile the image."""

@@ -1,0 +1,236 @@
+"""weights.py export: others must compute from the file what we compute from the checkpoint."""
+import json
+import sys
+
+import pytest
+import torch
+from golden import Golden, close, needs_golden
+from torch import nn
+
+import weights
+from mae import MAE
+from vit import ViT
+from weights import build_vit, export, read, whole
+
+
+def vit(network=ViT, **options):
+    """A small net that has learned: no bias is zero, no gain is one."""
+    torch.manual_seed(0)
+    options = {**dict(img_size=16, patch_size=8, dim=48, depth=2, heads=12, positions="learned"), **options}
+    model = network(**options).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+def saved(path, model, method="finetune", **config):
+    torch.save(dict(method=method, config=dict(model.config, **config), model=model.state_dict()), path)
+    return str(path)
+
+
+SHAPES = {
+    "encoder": dict(),
+    "classifier on cls": dict(num_classes=5, dim=24),
+    "encoder, mean": dict(readout="avg", patch_size=4, dim=36, depth=3),
+    "classifier on the mean": dict(readout="avg", num_classes=7, img_size=(16, 40), in_chans=1),
+    "tiny": dict(num_classes=3, img_size=(32, 64), patch_size=16, dim=192, depth=12),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_timm_computes_the_same(tmp_path, capsys, shape):
+    timm = pytest.importorskip("timm")
+    model = vit(**SHAPES[shape])
+    c = model.config
+    out = export(saved(tmp_path / "encoder.pt", model), "timm")
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert theirs.blocks[0].attn.num_heads == 12 and theirs.num_classes == c["num_classes"]
+    assert (theirs.pretrained_cfg["architecture"] == "vit_tiny_patch16_224") == (shape == "tiny")
+    img = torch.randn(3, c["in_chans"], *c["img_size"])
+    ours = model(img)
+    torch.testing.assert_close(theirs(img), ours, rtol=1e-5, atol=1e-5)
+    features = theirs.forward_head(theirs.forward_features(img), pre_logits=True)
+    torch.testing.assert_close(features, model.features(img), rtol=1e-5, atol=1e-5)
+    said = capsys.readouterr().out
+    assert "12 heads" in said and f"{c['num_classes'] or 'no'} classes" in said and "left out: none" in said
+    assert f'timm.create_model("local-dir:{out}", pretrained=True)' in said
+    # what the exported heads are worth: with three, the same tensors load strictly and mean something else
+    wrong = timm.create_model(f"local-dir:{out}", pretrained=True, num_heads=3).eval()
+    assert (wrong(img) - ours).abs().max() > 1e-2 * ours.abs().max()
+
+
+def test_timm_feeds_it_as_we_do_and_goes_on_from_it(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = vit(num_classes=2, readout="avg", img_size=(16, 32))
+    path = saved(tmp_path / "e.pt", model, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), classes=["ant", "bee"])
+    out = export(path, "timm", str(tmp_path / "new" / "folder"))
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
+    data = timm.data.resolve_model_data_config(theirs)
+    assert data["input_size"] == (3, 16, 32) and data["mean"] == [0.1, 0.2, 0.3] and data["std"] == [0.4, 0.5, 0.6]
+    assert data["crop_pct"] == 0.875 and data["interpolation"] == "bicubic"
+    assert list(theirs.pretrained_cfg["label_names"]) == ["ant", "bee"]
+    other = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=9).eval()     # a fresh head, our encoder
+    img = torch.randn(2, 3, 16, 32)
+    assert other(img).shape == (2, 9)
+    torch.testing.assert_close(other.forward_head(other.forward_features(img), pre_logits=True), model.features(img),
+                               rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["timm", "safetensors"])
+def test_the_decoder_stays_behind(tmp_path, capsys, to):
+    """timm takes any file with a mask token for DINOv2's, so there must be none."""
+    model = vit(positions="sincos")
+    out = export(saved(tmp_path / "last.pt", MAE(model, 8, 1, 2), "mae"), to)
+    names = set(read(f"{out}/model.safetensors" if to == "timm" else out).state)
+    assert names == set(model.state_dict())
+    said = capsys.readouterr().out
+    assert "mask_token (1)" in said and "decoder_blocks (12)" in said
+    assert "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225) (not stored: the usual)" in said
+    if to == "timm":
+        theirs = pytest.importorskip("timm").create_model(f"local-dir:{out}", pretrained=True).eval()
+        img = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(theirs(img), model(img), rtol=1e-5, atol=1e-5)
+
+
+def test_safetensors_bit_for_bit(tmp_path):
+    package = pytest.importorskip("safetensors")
+    from safetensors.torch import load_file
+    model = vit(num_classes=4, img_size=(16, 40), in_chans=2)
+    out = export(saved(tmp_path / "e.pt", model, "mae", mean=(0.5, 0.25), std=(1.0, 2.0)), "safetensors")
+    theirs, ours = load_file(out), read(out)
+    assert set(theirs) == set(ours.state) == set(model.state_dict())
+    for name, t in model.state_dict().items():
+        assert torch.equal(theirs[name], t) and torch.equal(ours.state[name], t)
+    with package.safe_open(out, "pt") as f:
+        assert f.metadata() == dict(format="pt", method="mae", heads="12", img_size="[16, 40]", readout="cls",
+                                    num_classes="4", eps="1e-06", mean="[0.5, 0.25]", std="[1.0, 2.0]")
+    assert ours.config["heads"] == 12 and ours.config["mean"] == [0.5, 0.25] and ours.config["method"] == "mae"
+    img = torch.randn(2, 2, 16, 40)                             # heads and a grid that is no square come from the file
+    assert torch.equal(build_vit(out, say=lambda _: None, num_classes=4)(img), model(img))
+    with pytest.raises(SystemExit, match="trained with 12 heads and the network here has 3"):
+        build_vit(out, 3, lambda _: None)
+    export(out, "safetensors", str(tmp_path / "again.safetensors"))
+    assert (tmp_path / "e.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+def test_every_type_and_shape(tmp_path):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    state = {"odd": torch.arange(3, dtype=torch.uint8), "half": torch.randn(3).half(),
+             "brain": torch.randn(5).bfloat16(), "flag": torch.tensor([True, False, True]),
+             "scalar": torch.tensor(1.5, dtype=torch.float64), "index": torch.arange(6).view(2, 3),
+             "turned": torch.randn(2, 3).T}
+    path = str(tmp_path / "x.safetensors")
+    weights.write_safetensors(path, state, dict(note="3 things: \N{GREEK SMALL LETTER PI}", method="mae"))
+    theirs, ours = load_file(path), weights.read_safetensors(path)
+    for name, t in state.items():
+        assert theirs[name].dtype == ours[name].dtype == t.dtype
+        assert torch.equal(theirs[name], t) and torch.equal(ours[name], t)
+    assert ours["config"]["note"] == "3 things: \N{GREEK SMALL LETTER PI}"
+
+
+@needs_golden
+@pytest.mark.parametrize("name, logits", [("maelite_rpe_ft", "logits"), ("maelite_vit_ft_distill_soft", "eval_logits"),
+                                          ("maelite_vit_ft_gap", "logits"), ("mae_vit_ft_cls", "logits")])
+def test_official_classifiers_survive(tmp_path, name, logits):
+    """Relative positions, two heads and both readouts, through our safetensors to the recorded logits."""
+    g, path = Golden(name), str(tmp_path / "x.pth")
+    torch.save(dict(model=g.under("state")), path)
+    model, left = whole(read(export(path, "safetensors", heads=g.config["num_heads"])))
+    assert not left
+    close(model(g("input/imgs")), g(f"out/{logits}"), 2e-5)
+
+
+RELATIVE = dict(relative=True, layer_scale=0.1, key_bias=False)
+
+
+def special(network=ViT, **options):
+    return vit(network, readout="avg", num_classes=4, img_size=(16, 24), **options)
+
+
+@pytest.mark.parametrize("network, options, word", [(ViT, RELATIVE, "gamma_1"), (weights.TwoHeads, {}, "head_dist")])
+def test_what_timm_has_no_place_for(tmp_path, network, options, word):
+    model = special(network, **options)
+    path, img = saved(tmp_path / "e.pt", model), torch.randn(2, 3, 16, 24)
+    with pytest.raises(SystemExit, match=f"has .*{word}.*, for which timm's plain ViT has no place: --to safetensors"):
+        export(path, "timm")
+    assert torch.equal(whole(read(export(path, "safetensors")))[0](img), model(img))
+    with pytest.raises(SystemExit, match="has an eps of 1e-05, for which"):
+        export(saved(tmp_path / "eps.pt", vit(eps=1e-5)), "timm")
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")                          # torch 2.11 warns of itself
+@pytest.mark.parametrize("network, options", [(ViT, {}), (weights.TwoHeads, RELATIVE)], ids=["plain", "all at once"])
+def test_onnx_computes_the_same(tmp_path, network, options):
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+    model = special(network, depth=1, **options)
+    out = export(saved(tmp_path / "e.pt", model, mean=(0.1, 0.2, 0.3)), "onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.onnx", "e.pt"]
+    file = onnx.load(out)
+    assert {p.key: p.value for p in file.metadata_props}["heads"] == "12"
+    assert file.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    for images in (1, 5):
+        img = torch.randn(images, 3, 16, 24)
+        found, = ReferenceEvaluator(file).run(["logits"], {"image": img.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(img), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_needs_its_packages(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(SystemExit, match=r"onnx and onnxscript: pip install '\.\[onnx\]'"):
+        export(saved(tmp_path / "e.pt", vit()), "onnx")
+
+
+def test_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = saved(tmp_path / "e.pt", vit())
+    (tmp_path / "e-timm.tmp").mkdir()                           # an earlier try was killed
+    (tmp_path / "e-timm.tmp" / "config.json").write_text("{")
+    out = export(path, "timm")
+    assert json.loads((tmp_path / "e-timm" / "config.json").read_text())["model_args"]["num_heads"] == 12
+    with pytest.raises(SystemExit, match="e-timm exists: move it away, or give another --out"):
+        export(path, "timm", out + "/")
+    with pytest.raises(SystemExit, match="inside cannot be written: .*e.pt"):
+        export(path, "safetensors", path + "/inside")
+
+    def full(path, *rest):
+        with open(path, "wb") as f:
+            f.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(weights, "write_safetensors", full)
+    with pytest.raises(SystemExit, match="cannot be written: .*No space left"):
+        export(path, "safetensors")
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_what_cannot_be_exported(tmp_path):
+    path, state = str(tmp_path / "x.pth"), vit(num_classes=3).state_dict()
+    cases = [(state, "does not say how many heads", {}), (state, "5 heads do not divide", dict(heads=5)),
+             (state | {"blocks.1.ls1.gamma": torch.ones(48)}, "holds blocks.1.ls1.gamma, which no", dict(heads=12)),
+             ({k: v for k, v in state.items() if not k.startswith("norm.")}, "lacks 2 tensors", dict(heads=12)),
+             ({k: v for k, v in state.items() if k != "norm.bias"} | {"fc_norm.weight": torch.ones(48)},
+              "lacks fc_norm.bias", dict(heads=12))]
+    for tensors, words, options in cases:
+        torch.save(dict(model=tensors), path)
+        with pytest.raises(SystemExit, match=words):
+            export(path, "safetensors", **options)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["export"], "required: FILE, --to"), (["export", "x.pt"], "required: --to"),
+    (["export", "x.pt", "--to", "hf"], "invalid choice: 'hf'"), (["export", "x.pt", "--to", "timm"], "does not exist"),
+    (["export", "x.pt", "--to", "timm", "--heads", "0"], "at least 1"), ([], "export FILE --to"),
+    (["export", "x.pt", "--too", "timm"], "weights.py export:")])
+def test_command_line_in_words(tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=words) as stop:
+        weights.main(argv)
+    assert "usage:" not in str(stop.value)
+
+
+def test_command_line(tmp_path, capsys):
+    path = saved(tmp_path / "e.pt", vit())
+    out = str(tmp_path / "given.safetensors")
+    weights.main(["export", f"{path}:model", "--to", "safetensors", "--out", out, "--heads", "12"])
+    weights.main([out])
+    assert "method finetune; heads 12" in capsys.readouterr().out
