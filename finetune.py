@@ -31,8 +31,8 @@ from data import CROPS, CenterCrops, keys, load, stream
 from randaugment import AugmentedCrops
 from sources import describe, find, parts, same_classes
 from training import Plumbing, opt
-from vit import MODELS, ViT, pair
-from weights import load_into, read, shape_of
+from vit import MODELS, TwoHeads, ViT, pair
+from weights import load_into, read, shape_of, summary, whole
 
 
 @dataclass
@@ -117,22 +117,6 @@ PER_CLASS = {"aircraft", "caltech101", "flowers102", "pets"}
 
 # ----------------------------------------------------------------------------------------------------------------
 # The network and its optimizer
-
-
-class TwoHeads(ViT):
-    """A classifier whose cls token answers the teacher and whose patches answer the labels (MAE-Lite's label
-    distillation, after DeiT). Training: both logits, (B, K) twice; evaluation: their mean."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        dim, classes = self.head.in_features, self.head.out_features
-        self.dist_norm, self.head_dist = nn.LayerNorm(dim, eps=self.fc_norm.eps), nn.Linear(dim, classes)
-        self.init_weights(self.head_dist)
-
-    def forward(self, img):
-        x = self.encode(img)                                                                    # (B, 1 + N, D)
-        told, taught = self.head(self.fc_norm(x[:, 1:].mean(1))), self.head_dist(self.dist_norm(x[:, 0]))
-        return (told, taught) if self.training else (told + taught) / 2
 
 
 def build(cfg, classes):
@@ -290,19 +274,12 @@ def evaluate(model, source, size, mean, std, device, workers=0, batch=250, healt
 def classifier(path, heads, img_size, say=print, flag="--heads"):
     """A file's classifier, whole, in eval mode -> (model, the file). Ends in a sentence when it has no head."""
     file = read(path)
-    if "head.weight" not in file.state:
-        training.die(f"{path} has no head: it is an encoder, and --init trains one" if "--heads" == flag else
-                     f"{path} has no head, so it has no labels to teach")
-    shape = {**shape_of(file, heads, flag), "eps": file.config.get("eps", 1e-6)}
-    readout = "avg" if "fc_norm.weight" in file.state else "cls"
-    with training.in_words():
-        model = (TwoHeads if "head_dist.weight" in file.state else ViT)(
-            **{**shape, "img_size": img_size or shape["img_size"]}, num_classes=len(file.state["head.weight"]),
-            readout=readout, positions="learned")
-    missing = load_into(model, file, say)
-    if missing:
-        training.die(f"{path} lacks {len(missing)} tensors of a classifier ({', '.join(missing[:3])})")
-    return model.eval(), file
+    model, left = whole(file, heads, flag, **(dict(img_size=img_size) if img_size else {}))
+    if not model.config["num_classes"]:
+        training.die(f"{path} has no head that fits: " + ("it is an encoder, and --init trains one" if flag == "--heads"
+                                                          else "it has no labels to teach"))
+    say(f"{path}: {len(file.state) - len(left)} tensors matched; not expected: {summary(left)}")
+    return model, file
 
 
 class Best:

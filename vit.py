@@ -7,6 +7,8 @@ published ones (timm, DeiT, MAE), so official weights load as they are; weights.
 
 Letters at the ends of lines: B images, C channels, N tokens, D width, H heads, p patch side, h x w the patch grid.
 """
+from functools import cache, partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -306,7 +308,7 @@ class ViT(nn.Module):
         pos = resize_positions(self.pos_embed, self.grid, self.grid_of(*img.shape[-2:]), self.resize_offset)
         x = self.patch_embed(cut(img, self.patch_size, keep))
         x = x + (pos[:, 1:] if keep is None else pick(pos[:, 1:], keep))
-        return torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], 1)
+        return torch.cat([(self.cls_token + pos[:, :1]).expand(x.shape[0], -1, -1), x], 1)
 
     def encode(self, img, keep=None, logits_of=()):
         """img (B, C, height, width) of any size that the patch tiles -> normed tokens, (B, 1 + N, D).
@@ -344,6 +346,219 @@ class ViT(nn.Module):
         """(B, C, height, width) -> (B, D), by the readout."""
         x = self.encode(img)
         return x[:, 0] if self.readout == "cls" else self.fc_norm(x[:, 1:].mean(1))
+
+    def forward(self, img):
+        return self.head(self.features(img))
+
+
+class TwoHeads(ViT):
+    """A classifier whose patches answer the labels and whose cls token answers a teacher (MAE-Lite's label
+    distillation, after DeiT's). Training: both logits, (B, num_classes) twice; evaluation: their mean."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        dim, classes, eps = (self.config[k] for k in ("dim", "num_classes", "eps"))
+        self.dist_norm, self.head_dist = nn.LayerNorm(dim, eps=eps), nn.Linear(dim, classes)
+        self.init_weights(self.head_dist)
+
+    def forward(self, img):
+        x = self.encode(img)                                                                    # (B, 1 + N, D)
+        told, taught = self.head(self.fc_norm(x[:, 1:].mean(1))), self.head_dist(self.dist_norm(x[:, 0]))
+        return (told, taught) if self.training else (told + taught) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Swin: attention within windows, every other time across their borders, and a map that is halved from stage to stage.
+# https://arxiv.org/abs/2103.14030; what happens to odd sizes is EsViT's law, https://arxiv.org/abs/2106.09785
+
+SWINS = {
+    "swin_mini": dict(dim=48, depths=(2, 2, 2), heads=(2, 4, 8), window=4),     # ours, for images of 32 to 64 pixels
+    "swin_lite": dict(dim=48, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)),
+    "swin_tiny": dict(dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)),
+    "swin_small": dict(dim=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24)),
+    "swin_base": dict(dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32)),
+}
+
+
+@cache
+def layout(height, width, side, shift, device):
+    """How a map's tokens, padded right and below to whole windows and rolled up and left by `shift`, lie in n windows
+    of side x side.
+
+    -> numbers of the padded map's tokens, window by window, (n * side^2,); where each token of the map itself is among
+    them, (height * width,); what the logits get, (n, side^2, side^2): -100 between tokens that only the roll made
+    neighbours, else 0. Without a shift None.
+    """
+    with torch.inference_mode(False):                           # kept for later calls, which may need gradients
+        h, w = (n + -n % side for n in (height, width))
+        tile = partial(rearrange, pattern="(a y) (b x) -> (a b) (y x)", y=side, x=side)
+        order = tile(torch.arange(h * w, device=device).view(h, w).roll((-shift, -shift), (0, 1))).flatten()
+        place = order.argsort().view(h, w)[:height, :width].flatten()
+        if not shift:
+            return order, place, None
+        rows, columns = (sum((torch.arange(n, device=device) >= n - back).long() for back in (side, shift))
+                         for n in (h, w))
+        band = tile(3 * rows.unsqueeze(1) + columns)
+        return order, place, torch.where(band.unsqueeze(2) == band.unsqueeze(1), 0.0, -100.0)
+
+
+@torch.compiler.assume_constant_result                          # it would trace through a cache, and compute it all anew
+def windows(*where):
+    """A layout, made once."""
+    return layout(*where)
+
+
+class WindowAttention(Attention):
+    """Attention among the tokens of a window of side x side, with a learned number per head and offset in the logits.
+    shift: how far the windows are moved, in tokens, 0 for not at all."""
+
+    def __init__(self, dim, heads, side, shift=0):
+        super().__init__(dim, heads)
+        self.side, self.shift = side, shift
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, heads))
+        self.register_buffer("relative_position_index", relative_index(side, side)[1:, 1:].contiguous())
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x, grid, with_logits=False):
+        """x (B, h * w, D), grid (h, w) -> the same shape, and the logits (B * n, H, side^2, side^2), or None.
+
+        Padding is zeros, and as published it is attended like any token. A zero is projected to the bias alone: so it
+        is the projection that is padded, and products are formed of real tokens only.
+        """
+        order, place, mask = windows(*grid, self.side, self.shift, x.device)
+        down, across = (-n % self.side for n in grid)
+        if down or across:
+            x = rearrange(F.linear(x, self.qkv.weight), "b (h w) d -> b h w d", h=grid[0])
+            x = F.pad(x, (0, 0, 0, across, 0, down)).flatten(1, 2)
+            x = x + self.qkv.bias.to(x.dtype)
+        else:
+            x = self.qkv(x)
+        x, logits = self.attend(x.index_select(1, order), mask, with_logits)
+        return self.proj(x.index_select(1, place)), logits
+
+    def attend(self, qkv, mask=None, with_logits=False):
+        """qkv (B, n * T, 3 * D), window by window, mask (n, T, T) or None -> (B, n * T, D), logits or None."""
+        where, groups = self.where(self.side ** 2, 0, qkv.dtype), 1                             # (1, H, T, T)
+        if mask is not None:            # which differs by window: windows become heads, so that images can share it
+            groups = len(mask)
+            where = (where + mask.unsqueeze(1).to(qkv.dtype)).flatten(0, 1).unsqueeze(0)        # (1, n * H, T, T)
+        q, k, v = rearrange(qkv, "b (m n t) (k h d) -> k (b m) (n h) t d", n=groups, t=self.side ** 2, k=3,
+                            h=self.heads)
+        if with_logits:
+            logits = self.scaled_logits(q, k) + where
+            out, logits = logits.softmax(-1) @ v, rearrange(logits, "b (n h) s t -> (b n) h s t", h=self.heads)
+        else:
+            out, logits = F.scaled_dot_product_attention(q, k, v, attn_mask=where), None
+        return rearrange(out, "(b m) (n h) t d -> b (m n t) (h d)", b=len(qkv), h=self.heads), logits
+
+
+class SwinBlock(Block):
+    """A Block whose attention sees windows of its map."""
+
+    def __init__(self, dim, heads, side, shift, mlp_ratio, drop_path, eps):
+        super().__init__(dim, heads, mlp_ratio, drop_path, eps)
+        self.attn = WindowAttention(dim, heads, side, shift)
+
+    def forward(self, x, grid, with_logits=False):
+        """x (B, h * w, D), grid (h, w) -> the same shape, and the attention's logits, or None."""
+        out, logits = self.attn(self.norm1(x), grid, with_logits)
+        x = self.add(x, out, None)
+        return self.add(x, self.mlp(self.norm2(x)), None), logits
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours become one token, twice as wide; odd maps get a row or column of zeros."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim, eps=eps)
+
+    def forward(self, x, grid):
+        """x (B, h * w, D), grid (h, w) -> (B, ceil(h / 2) * ceil(w / 2), 2 * D)."""
+        x = rearrange(x, "b (h w) d -> b h w d", h=grid[0])
+        if grid[0] % 2 or grid[1] % 2:
+            x = F.pad(x, (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))
+        # (0, 0), (1, 0), (0, 1), (1, 1): down before across, as published.
+        return self.reduction(self.norm(rearrange(x, "b (h y) (w x) d -> b (h w) (x y d)", y=2, x=2)))
+
+
+class Swin(nn.Module):
+    """Swin transformer: image -> map of tokens, halved and twice as wide at each stage -> one feature vector -> logits.
+
+    img_size      pixels, one number or (height, width): decides windows and shifts for good, whatever is seen later. A
+                  stage whose map is no larger than the window has one window of the map's size, and no shift
+    dim           width of the first stage; depths and heads: blocks of each stage, and heads of these
+    num_classes   0: forward gives the (B, D) feature, D = dim * 2^(stages - 1); else (B, num_classes) logits
+    drop_path     rate at the last block; rises linearly from 0 at the first
+    eps           of every norm: EsViT's 1e-6; official supervised weights want 1e-5
+    Any image that the patch tiles can be seen, 96 pixels with a network for 224. grid is that of the last map.
+    """
+
+    def __init__(self, img_size=224, patch_size=4, in_chans=3, dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24),
+                 window=7, mlp_ratio=4.0, num_classes=0, drop_path=0.0, eps=1e-6):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}     # encoder.pt has it
+        self.config["img_size"] = pair(img_size)
+        self.patch_size, self.stages, self.depth = patch_size, len(depths), sum(depths)
+        if len(heads) != self.stages:
+            raise ValueError(f"{self.stages} stages need as many numbers of heads, not {len(heads)}")
+        *maps, self.grid = self.maps(*pair(img_size))
+
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.patch_embed.norm = nn.LayerNorm(dim, eps=eps)
+        rates = iter(drop_path * i / max(self.depth - 1, 1) for i in range(self.depth))
+        self.layers = nn.ModuleList()
+        for s, (depth, grid) in enumerate(zip(depths, (*maps, self.grid))):
+            side, shift = (window, window // 2) if min(grid) > window else (min(grid), 0)
+            blocks = [SwinBlock(dim * 2 ** s, heads[s], side, shift * (i % 2), mlp_ratio, next(rates), eps)
+                      for i in range(depth)]
+            merging = {"downsample": PatchMerging(dim * 2 ** s, eps)} if s < self.stages - 1 else {}
+            self.layers.append(nn.ModuleDict(dict(blocks=nn.ModuleList(blocks), **merging)))
+        dim *= 2 ** (self.stages - 1)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.apply(ViT.init_weights)
+
+    def maps(self, height, width):
+        """The maps (h, w) of all stages. Raises ValueError when patches do not tile the image."""
+        maps = [ViT.grid_of(self, height, width)]
+        while len(maps) < self.stages:
+            maps.append(tuple((n + 1) // 2 for n in maps[-1]))
+        return maps
+
+    def grid_of(self, height, width):
+        return self.maps(height, width)[-1]
+
+    def run(self, img, logits_of=(), last=0):
+        """img (B, C, height, width) -> normed tokens of the last map, (B, N, D); the logits, each (B * n, H, side^2,
+        side^2), of blocks `logits_of`, counted from 1 over all stages; means (B, D of its stage) of the last `last`
+        blocks' tokens: the last stage's through the final norm, others as they are, before the merging."""
+        maps, number, logits, means = self.maps(*img.shape[-2:]), 0, {}, []
+        x = self.patch_embed.norm(self.patch_embed(cut(img, self.patch_size)))                  # (B, h * w, dim)
+        for stage, (layer, grid) in enumerate(zip(self.layers, maps), 1):
+            for block in layer.blocks:
+                number += 1
+                x, logits[number] = block(x, grid, number in logits_of)
+                if number > self.depth - last:
+                    means.append((self.norm(x) if stage == self.stages else x).mean(1))
+            if stage < self.stages:
+                x = layer.downsample(x, grid)
+        return self.norm(x), [logits[k] for k in logits_of], means
+
+    def encode(self, img, logits_of=()):
+        """img (B, C, height, width) -> normed tokens of the last map, (B, N, D): regions, in reading order; with
+        logits_of also the list of logits that `run` describes."""
+        x, logits, _ = self.run(img, logits_of)
+        return (x, logits) if logits_of else x
+
+    def last_features(self, img, blocks):
+        """What EsViT's linear evaluation reads of the last `blocks` blocks, the oldest first, (B, the sum of D)."""
+        return torch.cat(self.run(img, last=blocks)[2], 1)
+
+    def features(self, img):
+        """(B, C, height, width) -> (B, D): the mean of the normed tokens; there is no cls token."""
+        return self.encode(img).mean(1)
 
     def forward(self, img):
         return self.head(self.features(img))

@@ -7,7 +7,6 @@ python weights.py FILE     says what a file is
 python weights.py export FILE --to timm|safetensors|onnx [--out PATH] [--heads N]
 """
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -17,9 +16,8 @@ from collections import namedtuple
 
 import numpy as np
 import torch
-from torch import nn
 
-from vit import ViT, pair, resize_positions, resize_relative
+from vit import TwoHeads, ViT, pair, resize_positions, resize_relative
 
 # state: tensors by published names; config: what the file stores of its options, maybe nothing; layout: where it was
 Weights = namedtuple("Weights", "state config layout path")
@@ -196,159 +194,34 @@ def build_vit(path, heads=None, say=print, **options):
     return model.eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Export
-
-# timm's entries of these widths, depths and patches. Any other shape is a ViT-Base with every option overridden.
-TIMM = {(192, 12, 16): "vit_tiny_patch16_224", (384, 12, 16): "vit_small_patch16_224",
-        (1024, 24, 16): "vit_large_patch16_224", (1280, 32, 14): "vit_huge_patch14_224"}
-
-
-class TwoHeads(ViT):
-    """A classifier with a head on its patches and one on its cls token (MAE-Lite's label distillation): image -> their
-    mean, (B, num_classes)."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.dist_norm = nn.LayerNorm(options["dim"], eps=self.fc_norm.eps)
-        self.head_dist = nn.Linear(options["dim"], options["num_classes"])
-
-    def forward(self, img):
-        x = self.encode(img)
-        return (self.head(self.fc_norm(x[:, 1:].mean(1))) + self.head_dist(self.dist_norm(x[:, 0]))) / 2
-
-
-def whole(weights, heads=None):
+def whole(weights, heads=None, flag="--heads", **options):
     """What a file holds, with its head if it has one, as a network in eval mode, and the names of the tensors that are
-    no part of it. Ends in a sentence when one is missing, or its blocks hold some that mean nothing here."""
-    state, config = weights.state, weights.config
-    options = dict(num_classes=len(state["head.weight"]) if {"head.weight", "head.bias"} <= set(state) else 0,
-                   readout="avg" if "fc_norm.weight" in state else "cls", positions="learned",
-                   **{k: config[k] for k in ("eps", "resize_offset") if k in config})
+    no part of it. options of ViT win. Ends in a sentence when a tensor is missing, or the blocks hold some that mean
+    nothing here."""
+    state, config, shape = weights.state, weights.config, shape_of(weights, heads, flag)
+    # A head of another width reads more than this network's feature: several blocks, or what a projector projects.
+    head = state.get("head.weight") if "head.bias" in state else None
+    shape.update(num_classes=len(head) if head is not None and head.shape[1:] == (shape["dim"],) else 0,
+                 readout="avg" if "fc_norm.weight" in state else "cls", positions="learned",
+                 **{k: config[k] for k in ("eps", "resize_offset") if k in config}, **options)
     try:
-        model = (TwoHeads if "dist_norm.weight" in state else ViT)(**shape_of(weights, heads), **options)
+        model = (TwoHeads if "head_dist.weight" in state else ViT)(**shape)
     except ValueError as error:
         refuse(weights.path, f"makes no network: {error}")
     missing = load_into(model, weights, lambda text: None)
-    left = [k for k in state if k not in model.state_dict()]
+    ours = model.state_dict()
+    left = [k for k in state if k not in ours]
     odd = [k for k in left if k.startswith(("blocks.", "patch_embed."))]
     if missing or odd:
         refuse(weights.path, f"lacks {missing[0]}" if missing else f"holds {odd[0]}, which no network here has")
     return model.eval(), left
 
 
-def facts_of(weights, model):
-    """What must not get lost beside the tensors. mean and std, if not stored, are ImageNet's, or 0 and 1 where the
-    channels are not three."""
-    config, n = weights.config, model.config["in_chans"]
-    usual = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if n == 3 else ((0.0,) * n, (1.0,) * n)
-    return {**{k: model.config[k] for k in ("heads", "img_size", "readout", "num_classes", "eps")},
-            **dict(zip(("mean", "std"), usual)),
-            **{k: config[k] for k in ("method", "mean", "std", "classes", "resize_offset") if config.get(k)}}
-
-
-def write_safetensors(path, state, facts):
-    """8 bytes that count the header; the header in JSON: facts as strings, each tensor's type, shape and place; then
-    the tensors, wide types first, so that all are aligned."""
-    facts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
-    header, end = {"__metadata__": {"format": "pt", **facts}}, 0
-    state = dict(sorted(state.items(), key=lambda item: -item[1].element_size()))
-    for name, t in state.items():
-        begin, end = end, end + t.nbytes
-        kind = next(kind for kind, dtype in TYPES.items() if dtype == t.dtype)
-        header[name] = dict(dtype=kind, shape=list(t.shape), data_offsets=[begin, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for t in state.values():
-            f.write(t.flatten().view(torch.uint8).numpy())
-
-
-def write_timm(path, model, facts):
-    """A folder as timm's create_model reads it; num_heads is what its own default gets wrong without a word."""
-    c, pool = model.config, "token" if model.readout == "cls" else "avg"
-    args = dict(img_size=c["img_size"], patch_size=c["patch_size"], in_chans=c["in_chans"], embed_dim=c["dim"],
-                depth=c["depth"], num_heads=c["heads"], mlp_ratio=c["mlp_ratio"], global_pool=pool)
-    data = dict(input_size=[c["in_chans"], *c["img_size"]], fixed_input_size=True, interpolation="bicubic",
-                crop_pct=0.875 if max(c["img_size"]) <= 224 else 1.0, mean=facts["mean"], std=facts["std"],
-                num_classes=c["num_classes"], classifier="head", first_conv="patch_embed.proj")
-    config = dict(architecture=TIMM.get((c["dim"], c["depth"], c["patch_size"]), "vit_base_patch16_224"),
-                  num_classes=c["num_classes"], num_features=c["dim"], global_pool=pool, model_args=args,
-                  pretrained_cfg=data, **({"label_names": facts["classes"]} if "classes" in facts else {}))
-    with open(os.path.join(path, "config.json"), "w") as f:
-        json.dump(config, f, indent=2)
-    write_safetensors(os.path.join(path, "model.safetensors"), model.state_dict(), facts)
-
-
-def write_onnx(path, model, facts):
-    """One file: image (B, C, height, width), normalised, B free -> logits or features."""
-    c, batch = model.config, {0: torch.export.Dim("batch")}
-    # Traced strictly: the looser way takes len(x) for a number and would fix B without a word. Decomposed here, because
-    # the exporter's own way of it cannot follow the strides of attention with relative positions.
-    graph = torch.export.export(model, (torch.zeros(2, c["in_chans"], *c["img_size"]),), dynamic_shapes=(batch,),
-                                strict=True)
-    program = torch.onnx.export(graph.run_decompositions(), dynamo=True, verbose=False, dynamic_shapes=(batch,),
-                                input_names=["image"], output_names=["logits" if c["num_classes"] else "features"])
-    program.model.metadata_props.update({k: str(v) for k, v in facts.items()})
-    program.save(path, external_data=False)
-
-
-def export(path, to, out=None, heads=None):
-    """Write the encoder of any readable file, or its classifier if it has a head, for others, and say what. Returns
-    where.
-
-    to    "timm": a folder for timm.create_model("local-dir:FOLDER", pretrained=True); "safetensors": one file in
-          published names, with heads, image size, mean and std in its metadata; "onnx": see write_onnx
-    out   default: FILE with another ending. Written beside, then renamed; what exists is refused
-    """
-    if to == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
-        raise SystemExit("--to onnx needs the packages onnx and onnxscript: pip install '.[onnx]'")
-    weights = read(path)
-    endings = dict(timm="-timm", safetensors=".safetensors", onnx=".onnx")
-    out = os.path.normpath(out or os.path.splitext(weights.path)[0] + endings[to])
-    if os.path.lexists(out):
-        refuse(out, "exists: move it away, or give another --out")
-    model, left = whole(weights, heads)
-    c, state, facts = model.config, model.state_dict(), facts_of(weights, model)
-    strange = [k for k in state if re.search("relative_position_bias|gamma_|[qv]_bias|head_dist", k)]
-    if to == "timm" and (strange or c["eps"] != 1e-6):
-        refuse(weights.path, f"has {strange[0] if strange else 'an eps of ' + str(c['eps'])}, for which timm's plain "
-                             "ViT has no place: --to safetensors and onnx keep it")
-    if to == "onnx" and sum(t.nbytes for t in state.values()) >= 2 ** 31:
-        refuse(weights.path, "has more weights than the 2 GiB that one ONNX file can hold")
-    try:
-        os.makedirs(f"{out}.tmp" if to == "timm" else os.path.dirname(out) or ".", exist_ok=True)
-        if to == "timm":
-            write_timm(f"{out}.tmp", model, facts)
-        elif to == "onnx":
-            write_onnx(f"{out}.tmp", model, facts)
-        else:
-            write_safetensors(f"{out}.tmp", state, facts)
-        os.rename(f"{out}.tmp", out)
-    except OSError as error:
-        refuse(out, f"cannot be written: {error}")
-    print(f"{weights.path} -> {out}: width {c['dim']}, {c['depth']} layers, {c['heads']} heads, patches of "
-          f"{c['patch_size']}, images of {' x '.join(map(str, c['img_size']))} and {c['in_chans']} channels, readout "
-          f"{c['readout']}, {c['num_classes'] or 'no'} classes, mean {facts['mean']}, std {facts['std']}"
-          f"{'' if weights.config.get('mean') else ' (not stored: the usual)'}; left out: {summary(left)}")
-    if to == "timm":
-        print(f'timm.create_model("local-dir:{out}", pretrained=True)')
-    return out
-
-
-def main(argv):
+def tell(argv):
     if argv[:1] == ["export"]:
-        parser = argparse.ArgumentParser(prog="weights.py export", allow_abbrev=False)
-        parser.error = lambda message: refuse("weights.py export:", f"{message} (--help lists the options)")
-        parser.add_argument("path", metavar="FILE", help="a checkpoint of any layout; FILE:KEY for one network of it")
-        parser.add_argument("--to", required=True, choices=["timm", "safetensors", "onnx"])
-        parser.add_argument("--out", help="file, or folder for timm, to make (default: FILE with another ending)")
-        parser.add_argument("--heads", type=int, help="attention heads, where the file does not say")
-        options = vars(parser.parse_args(argv[1:]))
-        if options["heads"] is not None and options["heads"] < 1:
-            parser.error("--heads must be at least 1")
-        return export(**options)
+        # Not at the top, because it imports this file.
+        import export
+        return export.main(argv[1:])
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SystemExit("\n".join(__doc__.strip().splitlines()[-2:]))
     found = read(argv[0])
@@ -358,4 +231,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    tell(sys.argv[1:])

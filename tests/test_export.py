@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
-from golden import Golden, close, needs_golden
+from golden import FOLDER, Golden, close, needs_golden
 from torch import nn
 
+import export
 import weights
 from mae import MAE
-from vit import ViT
-from weights import build_vit, export, read, whole
+from vit import TwoHeads, ViT
+from weights import build_vit, read, whole
 
 
 def vit(network=ViT, **options):
@@ -42,7 +43,7 @@ def test_timm_computes_the_same(tmp_path, capsys, shape):
     timm = pytest.importorskip("timm")
     model = vit(**SHAPES[shape])
     c = model.config
-    out = export(saved(tmp_path / "encoder.pt", model), "timm")
+    out = export.export(saved(tmp_path / "encoder.pt", model), "timm")
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert theirs.blocks[0].attn.num_heads == 12 and theirs.num_classes == c["num_classes"]
     assert (theirs.pretrained_cfg["architecture"] == "vit_tiny_patch16_224") == (shape == "tiny")
@@ -63,7 +64,7 @@ def test_timm_feeds_it_as_we_do_and_goes_on_from_it(tmp_path):
     timm = pytest.importorskip("timm")
     model = vit(num_classes=2, readout="avg", img_size=(16, 32))
     path = saved(tmp_path / "e.pt", model, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), classes=["ant", "bee"])
-    out = export(path, "timm", str(tmp_path / "new" / "folder"))
+    out = export.export(path, "timm", str(tmp_path / "new" / "folder"))
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
     data = timm.data.resolve_model_data_config(theirs)
     assert data["input_size"] == (3, 16, 32) and data["mean"] == [0.1, 0.2, 0.3] and data["std"] == [0.4, 0.5, 0.6]
@@ -80,7 +81,7 @@ def test_timm_feeds_it_as_we_do_and_goes_on_from_it(tmp_path):
 def test_the_decoder_stays_behind(tmp_path, capsys, to):
     """timm takes any file with a mask token for DINOv2's, so there must be none."""
     model = vit(positions="sincos")
-    out = export(saved(tmp_path / "last.pt", MAE(model, 8, 1, 2), "mae"), to)
+    out = export.export(saved(tmp_path / "last.pt", MAE(model, 8, 1, 2), "mae"), to)
     names = set(read(f"{out}/model.safetensors" if to == "timm" else out).state)
     assert names == set(model.state_dict())
     said = capsys.readouterr().out
@@ -96,7 +97,7 @@ def test_safetensors_bit_for_bit(tmp_path):
     package = pytest.importorskip("safetensors")
     from safetensors.torch import load_file
     model = vit(num_classes=4, img_size=(16, 40), in_chans=2)
-    out = export(saved(tmp_path / "e.pt", model, "mae", mean=(0.5, 0.25), std=(1.0, 2.0)), "safetensors")
+    out = export.export(saved(tmp_path / "e.pt", model, "mae", mean=(0.5, 0.25), std=(1.0, 2.0)), "safetensors")
     theirs, ours = load_file(out), read(out)
     assert set(theirs) == set(ours.state) == set(model.state_dict())
     for name, t in model.state_dict().items():
@@ -109,7 +110,7 @@ def test_safetensors_bit_for_bit(tmp_path):
     assert torch.equal(build_vit(out, say=lambda _: None, num_classes=4)(img), model(img))
     with pytest.raises(SystemExit, match="trained with 12 heads and the network here has 3"):
         build_vit(out, 3, lambda _: None)
-    export(out, "safetensors", str(tmp_path / "again.safetensors"))
+    export.export(out, "safetensors", str(tmp_path / "again.safetensors"))
     assert (tmp_path / "e.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
 
@@ -120,12 +121,16 @@ def test_every_type_and_shape(tmp_path):
              "scalar": torch.tensor(1.5, dtype=torch.float64), "index": torch.arange(6).view(2, 3),
              "turned": torch.randn(2, 3).T}
     path = str(tmp_path / "x.safetensors")
-    weights.write_safetensors(path, state, dict(note="3 things: \N{GREEK SMALL LETTER PI}", method="mae"))
+    export.write_safetensors(path, state, dict(note="3 things: \N{GREEK SMALL LETTER PI}", method="mae"))
     theirs, ours = load_file(path), weights.read_safetensors(path)
     for name, t in state.items():
         assert theirs[name].dtype == ours[name].dtype == t.dtype
         assert torch.equal(theirs[name], t) and torch.equal(ours[name], t)
     assert ours["config"]["note"] == "3 things: \N{GREEK SMALL LETTER PI}"
+    raw = (tmp_path / "x.safetensors").read_bytes()             # aligned, for those who map the file
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + length])
+    assert length % 8 == 0 and not any(header[k]["data_offsets"][0] % t.element_size() for k, t in state.items())
 
 
 @needs_golden
@@ -135,7 +140,7 @@ def test_official_classifiers_survive(tmp_path, name, logits):
     """Relative positions, two heads and both readouts, through our safetensors to the recorded logits."""
     g, path = Golden(name), str(tmp_path / "x.pth")
     torch.save(dict(model=g.under("state")), path)
-    model, left = whole(read(export(path, "safetensors", heads=g.config["num_heads"])))
+    model, left = whole(read(export.export(path, "safetensors", heads=g.config["num_heads"])))
     assert not left
     close(model(g("input/imgs")), g(f"out/{logits}"), 2e-5)
 
@@ -143,29 +148,50 @@ def test_official_classifiers_survive(tmp_path, name, logits):
 RELATIVE = dict(relative=True, layer_scale=0.1, key_bias=False)
 
 
+@needs_golden
+@pytest.mark.parametrize("name, file, heads, key", [
+    ("ckpt_mae_pretrain_release", "ckpt_mae_pretrain_release.pth", 3, "features_cls"),
+    ("ckpt_maelite_last_epoch", "ckpt_maelite_last_epoch_ckpt.pth", 4, "features_cls"),
+    ("ckpt_moco", "ckpt_moco.pth", 4, "features"), ("ckpt_dino", "ckpt_dino_full.pth:student", 2, "features_student"),
+    ("ckpt_deit", "ckpt_deit.pth", 3, "logits")])
+def test_official_files_reach_timm(tmp_path, name, file, heads, key):
+    timm, g = pytest.importorskip("timm"), Golden(name)
+    out = export.export(f"{FOLDER}/{file}", "timm", str(tmp_path / "timm"), heads)
+    close(timm.create_model(f"local-dir:{out}", pretrained=True).eval()(g("input/imgs")), g(f"out/{key}"), 2e-5)
+
+
 def special(network=ViT, **options):
     return vit(network, readout="avg", num_classes=4, img_size=(16, 24), **options)
 
 
-@pytest.mark.parametrize("network, options, word", [(ViT, RELATIVE, "gamma_1"), (weights.TwoHeads, {}, "head_dist")])
-def test_what_timm_has_no_place_for(tmp_path, network, options, word):
-    model = special(network, **options)
+@pytest.mark.parametrize("options", [RELATIVE, dict(relative=True), dict(layer_scale=0.5)],
+                         ids=["all", "relative positions", "layer scale"])
+def test_timm_takes_relative_positions_as_a_beit(tmp_path, options):
+    timm = pytest.importorskip("timm")
+    model, img = special(**options), torch.randn(2, 3, 16, 24)
+    out = export.export(saved(tmp_path / "e.pt", model), "timm")
+    torch.testing.assert_close(timm.create_model(f"local-dir:{out}", pretrained=True).eval()(img), model(img),
+                               rtol=1e-5, atol=1e-5)
+
+
+def test_what_timm_has_no_place_for(tmp_path):
+    model = special(TwoHeads)
     path, img = saved(tmp_path / "e.pt", model), torch.randn(2, 3, 16, 24)
-    with pytest.raises(SystemExit, match=f"has .*{word}.*, for which timm's plain ViT has no place: --to safetensors"):
-        export(path, "timm")
-    assert torch.equal(whole(read(export(path, "safetensors")))[0](img), model(img))
+    with pytest.raises(SystemExit, match="has two heads, for which timm's networks have no place: --to safetensors"):
+        export.export(path, "timm")
+    assert torch.equal(whole(read(export.export(path, "safetensors")))[0](img), model(img))
     with pytest.raises(SystemExit, match="has an eps of 1e-05, for which"):
-        export(saved(tmp_path / "eps.pt", vit(eps=1e-5)), "timm")
+        export.export(saved(tmp_path / "eps.pt", vit(eps=1e-5)), "timm")
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")                          # torch 2.11 warns of itself
-@pytest.mark.parametrize("network, options", [(ViT, {}), (weights.TwoHeads, RELATIVE)], ids=["plain", "all at once"])
+@pytest.mark.parametrize("network, options", [(ViT, {}), (TwoHeads, RELATIVE)], ids=["plain", "all at once"])
 def test_onnx_computes_the_same(tmp_path, network, options):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
     model = special(network, depth=1, **options)
-    out = export(saved(tmp_path / "e.pt", model, mean=(0.1, 0.2, 0.3)), "onnx")
+    out = export.export(saved(tmp_path / "e.pt", model, mean=(0.1, 0.2, 0.3)), "onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.onnx", "e.pt"]
     file = onnx.load(out)
     assert {p.key: p.value for p in file.metadata_props}["heads"] == "12"
@@ -179,28 +205,39 @@ def test_onnx_computes_the_same(tmp_path, network, options):
 def test_onnx_needs_its_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(SystemExit, match=r"onnx and onnxscript: pip install '\.\[onnx\]'"):
-        export(saved(tmp_path / "e.pt", vit()), "onnx")
+        export.export(saved(tmp_path / "e.pt", vit()), "onnx")
 
 
 def test_whole_or_not_at_all(tmp_path, monkeypatch):
     path = saved(tmp_path / "e.pt", vit())
     (tmp_path / "e-timm.tmp").mkdir()                           # an earlier try was killed
     (tmp_path / "e-timm.tmp" / "config.json").write_text("{")
-    out = export(path, "timm")
+    out = export.export(path, "timm")
     assert json.loads((tmp_path / "e-timm" / "config.json").read_text())["model_args"]["num_heads"] == 12
     with pytest.raises(SystemExit, match="e-timm exists: move it away, or give another --out"):
-        export(path, "timm", out + "/")
+        export.export(path, "timm", out + "/")
     with pytest.raises(SystemExit, match="inside cannot be written: .*e.pt"):
-        export(path, "safetensors", path + "/inside")
+        export.export(path, "safetensors", path + "/inside")
 
     def full(path, *rest):
         with open(path, "wb") as f:
             f.write(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(weights, "write_safetensors", full)
+    monkeypatch.setattr(export, "write_safetensors", full)
     with pytest.raises(SystemExit, match="cannot be written: .*No space left"):
-        export(path, "safetensors")
+        export.export(path, "safetensors")
     assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_heads_that_read_something_else_stay_behind(tmp_path, capsys):
+    model, path = vit(), str(tmp_path / "x.pth")
+    for head in ({"head.weight": torch.ones(5, 96), "head.bias": torch.ones(5)}, {"head.weight": torch.ones(5, 48)},
+                 {"head.0.weight": torch.ones(5, 48), "head.0.bias": torch.ones(5)}):
+        torch.save(dict(model=model.state_dict() | head, config=model.config), path)
+        out = export.export(path, "safetensors", str(tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"))
+        assert set(read(out).state) == set(model.state_dict())
+        said = capsys.readouterr().out
+        assert "no classes, mean" in said and f"left out: head ({len(head)})" in said
 
 
 def test_what_cannot_be_exported(tmp_path):
@@ -209,11 +246,13 @@ def test_what_cannot_be_exported(tmp_path):
              (state | {"blocks.1.ls1.gamma": torch.ones(48)}, "holds blocks.1.ls1.gamma, which no", dict(heads=12)),
              ({k: v for k, v in state.items() if not k.startswith("norm.")}, "lacks 2 tensors", dict(heads=12)),
              ({k: v for k, v in state.items() if k != "norm.bias"} | {"fc_norm.weight": torch.ones(48)},
-              "lacks fc_norm.bias", dict(heads=12))]
+              "lacks fc_norm.bias", dict(heads=12)),
+             (state | {"head_dist.weight": torch.ones(3, 48), "head_dist.bias": torch.ones(3)},
+              "lacks dist_norm.weight", dict(heads=12))]
     for tensors, words, options in cases:
         torch.save(dict(model=tensors), path)
         with pytest.raises(SystemExit, match=words):
-            export(path, "safetensors", **options)
+            export.export(path, "safetensors", **options)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -224,13 +263,13 @@ def test_what_cannot_be_exported(tmp_path):
 def test_command_line_in_words(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=words) as stop:
-        weights.main(argv)
+        weights.tell(argv)
     assert "usage:" not in str(stop.value)
 
 
 def test_command_line(tmp_path, capsys):
     path = saved(tmp_path / "e.pt", vit())
     out = str(tmp_path / "given.safetensors")
-    weights.main(["export", f"{path}:model", "--to", "safetensors", "--out", out, "--heads", "12"])
-    weights.main([out])
+    weights.tell(["export", f"{path}:model", "--to", "safetensors", "--out", out, "--heads", "12"])
+    weights.tell([out])
     assert "method finetune; heads 12" in capsys.readouterr().out

@@ -14,9 +14,9 @@ from test_runs import finish, kill_9, rows, same_state, start, wait_for
 import finetune
 import training
 from augment import soft_targets
-from finetune import TwoHeads, classifier, evaluate, layer_groups, objective, start_from
+from finetune import classifier, evaluate, layer_groups, objective, start_from
 from sources import find
-from vit import MODELS, ViT, relative_index, resize_relative
+from vit import MODELS, TwoHeads, ViT, relative_index, resize_relative
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--model vit_mini --img-size 16 --patch-size 4 --batch-size 8 --workers 0 --log-every 1 --save-every 3 "
@@ -288,7 +288,7 @@ def test_a_classifier_comes_back_whole(tmp_path):
         assert classifier(path, None, (24, 16), str)[0](torch.randn(1, 3, 24, 16)).shape == (1, 5)
     encoder = small(num_classes=0, readout="cls")
     torch.save(dict(config=encoder.config, model=encoder.state_dict()), path)
-    with pytest.raises(SystemExit, match="has no head: it is an encoder"):
+    with pytest.raises(SystemExit, match="has no head that fits: it is an encoder"):
         classifier(path, None, None, str)
 
 
