@@ -15,6 +15,8 @@ $(VENV)/ready: pyproject.toml
 
 demo: setup
 	$(RUN) mae.py --demo
+	$(RUN) finetune.py --demo --init out/mae-demo/encoder.pt
+	$(RUN) probe.py --demo
 
 test: setup lint
 	$(RUN) -m pytest

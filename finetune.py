@@ -108,8 +108,8 @@ RECIPES = {
 }
 RECIPE_OF = dict(vit_mini="small", vit_midi="small", vit_tiny="improved", vit_small="improved_small",
                  vit_base="mae_base", vit_large="mae_large", vit_huge="mae_huge")
-DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, fraction=0.1, epochs=12, batch_size=64,
-            min_crop=0.6, eval_every=4, workers=1, log_every=60)
+DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, fraction=0.1, epochs=8, batch_size=64,
+            lr=1e-3, min_crop=0.6, eval_every=4, workers=1, log_every=60)
 
 # Sets whose papers report the mean of the classes' accuracies; everywhere else an image is an image.
 PER_CLASS = {"aircraft", "caltech101", "flowers102", "pets"}
