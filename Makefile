@@ -19,7 +19,7 @@ demo: setup
 	$(RUN) probe.py --demo
 
 test: setup lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 test-slow: setup
 	$(RUN) -m pytest -m slow

@@ -231,9 +231,14 @@ def hue(x, turn):
     return new.add_((low + high) * (1 - sixths)).clamp_(low, high)
 
 
-CHANGES = (lambda x, factor: x.mul_(factor).clamp_(0, 255),                                                 # brightness
-           lambda x, factor: (grey(x).mean((1, 2, 3), keepdim=True) * (1 - factor) + x * factor).clamp_(0, 255),  # contrast
-           lambda x, factor: (grey(x) * (1 - factor) + x * factor).clamp_(0, 255),                          # saturation
+def blend(x, other, factor):
+    rest = other * (1 - factor)                                 # before x changes, which `other` may be
+    return x.mul_(factor).add_(rest).clamp_(0, 255)
+
+
+CHANGES = (lambda x, factor: x.mul_(factor).clamp_(0, 255),                                     # brightness
+           lambda x, factor: blend(x, grey(x).mean((1, 2, 3), keepdim=True), factor),           # contrast
+           lambda x, factor: blend(x, grey(x), factor),                                         # saturation
            hue)
 
 

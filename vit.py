@@ -402,7 +402,7 @@ def layout(height, width, side, shift, device):
         return order, place, torch.where(band.unsqueeze(2) == band.unsqueeze(1), 0.0, -100.0)
 
 
-@torch.compiler.assume_constant_result                          # it would trace through a cache, and compute it all anew
+@torch.compiler.assume_constant_result                          # through a cache it would trace, and compute all anew
 def windows(*where):
     """A layout, made once."""
     return layout(*where)

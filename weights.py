@@ -17,7 +17,7 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from vit import TwoHeads, ViT, pair, resize_positions, resize_relative
+from vit import Swin, TwoHeads, ViT, pair, resize_positions, resize_relative
 
 # state: tensors by published names; config: what the file stores of its options, maybe nothing; layout: where it was
 Weights = namedtuple("Weights", "state config layout path")
@@ -102,15 +102,43 @@ def read(path, key=None):
     # Only whole prefixes count: "model." inside a name would also hit MAE-Lite's teacher, "tch_model.".
     for prefix in ("module.", "_orig_mod.", *inner):
         if all(k.startswith(prefix) for k in state) or prefix + "patch_embed.proj.weight" in state:
-            state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+            heads = ("head.", "head_dense.") if prefix == "backbone." else ()                   # DINO's, beside it
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith((prefix, *heads))}
             layout.append(f"behind {prefix!r}")
     if "dist_token" in state:
         refuse(path, "has a distillation token: DeiT's distilled networks are not supported, use the plain DeiT file")
     if "patch_embed.proj.weight" not in state:
         refuse(path, f"is no network known here: no patch_embed.proj.weight, but {', '.join(list(state)[:3])}, ...")
-    if "pos_embed" not in state or not any(k.startswith("blocks.") for k in state):
-        refuse(path, f"is no plain vision transformer: it holds {summary(state)}")
-    return Weights(state, config, ", ".join(layout), path)
+    found = Weights(state, config, ", ".join(layout), path)
+    if not is_swin(found) and ("pos_embed" not in state or not any(k.startswith("blocks.") for k in state)):
+        refuse(path, f"is no plain vision transformer and no Swin: it holds {summary(state)}")
+    return found
+
+
+def is_swin(weights):
+    return "layers.0.blocks.0.attn.relative_position_bias_table" in weights.state
+
+
+def side_of(table):
+    """Of a Swin's table of relative positions: the side of the window it is for."""
+    return (round(len(table) ** 0.5) + 1) // 2
+
+
+def swin_shape_of(weights):
+    """The Swin options of a file. Without a stored image size, that at which the last stage is one window, as in all
+    that are published; without a stored eps 1e-5 for official supervised files, which have masks, else 1e-6."""
+    state, config = weights.state, weights.config
+    tables = {}
+    for name, table in state.items():
+        if found := re.fullmatch(r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table", name):
+            tables.setdefault(int(found[1]), []).append(table)
+    stages = [tables[s] for s in sorted(tables)]
+    dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+    usual = side_of(stages[-1][0]) * patch * 2 ** (len(stages) - 1)
+    masked = any(k.endswith(".attn_mask") for k in state)
+    return dict(dim=dim, depths=tuple(map(len, stages)), heads=tuple(blocks[0].shape[1] for blocks in stages),
+                window=config.get("window") or side_of(stages[0][0]), patch_size=patch, in_chans=in_chans,
+                img_size=pair(config.get("img_size") or usual), eps=config.get("eps", 1e-5 if masked else 1e-6))
 
 
 def shape_of(weights, heads=None, flag="--heads"):
@@ -118,6 +146,8 @@ def shape_of(weights, heads=None, flag="--heads"):
     the usual. heads, if given (by the option `flag`), wins over stored ones. Ends in a sentence when nothing tells the
     heads or the grid."""
     state, config = weights.state, weights.config
+    if is_swin(weights):
+        refuse(weights.path, "is a Swin, and here a plain vision transformer is expected")
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     table = state.get("blocks.0.attn.relative_position_bias_table")
     heads = heads or config.get("heads") or (table.shape[1] if table is not None else HEADS.get(dim))
@@ -153,16 +183,24 @@ def load_into(model, weights, say=print):
     layer scale has beside a plain one may be fresh. Returns the missing."""
     state, want, path = dict(weights.state), model.state_dict(), weights.path
     stored, heads = weights.config.get("heads"), model.config["heads"]
-    if stored and stored != heads:
+    if isinstance(stored, int) and stored != heads:             # a Swin's are seen in its tensors
         refuse(path, f"was trained with {stored} heads and the network here has {heads}: its tensors would fit and "
                      f"mean something else; use --heads {stored}")
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in state and name in want and state[name].shape[-1] == want[name].shape[-1]:
             state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
-    old, tables = grid_of(weights, weights.state["pos_embed"]), [k for k in state if k.endswith("position_bias_table")]
-    if tables and len(state[tables[0]]) == (2 * old[0] - 1) * (2 * old[1] - 1) + 3:
-        state.update({k: resize_relative(state[k], old, model.grid) for k in tables})
-    state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}    # a grid's, not learned
+    tables = [k for k in state if k.endswith("position_bias_table")]
+    if is_swin(weights):
+        for k in (k for k in tables if k in want and len(state[k]) != len(want[k])):
+            old, new, three = side_of(state[k]), side_of(want[k]), state[k].new_zeros(3, state[k].shape[1])
+            say(f"{path}: {k} is resized from windows of {old} to {new}")
+            state[k] = resize_relative(torch.cat([state[k], three]), (old, old), (new, new))[:-3]    # three for a cls
+    elif tables:
+        old = grid_of(weights, weights.state["pos_embed"])
+        if len(state[tables[0]]) == (2 * old[0] - 1) * (2 * old[1] - 1) + 3:
+            state.update({k: resize_relative(state[k], old, model.grid) for k in tables})
+    # What belongs to a grid and is not learned.
+    state = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask"))}
     # A head of another shape is another task's, or a projector, which MoCo-v3 calls head: not wanted here.
     wrong = [k for k in want if k in state and state[k].shape != want[k].shape and not k.startswith("head.")]
     if wrong:
@@ -187,9 +225,14 @@ def summary(names):
 
 
 def build_vit(path, heads=None, say=print, **options):
-    """A ViT of the file's own shape, with its weights, in eval mode. options of ViT (readout, num_classes, ...) win."""
+    """A ViT of the file's own shape, with its weights, in eval mode. options of ViT (readout, num_classes, ...) win.
+    Of a Swin's file a Swin, which has one readout and no options of that name."""
     weights = read(path)
-    model = ViT(**{**shape_of(weights, heads), "positions": "learned", **options})
+    if is_swin(weights):
+        options.pop("readout", None)
+        model = Swin(**{**swin_shape_of(weights), **options})
+    else:
+        model = ViT(**{**shape_of(weights, heads), "positions": "learned", **options})
     load_into(model, weights, say)
     return model.eval()
 
@@ -225,8 +268,9 @@ def tell(argv):
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SystemExit("\n".join(__doc__.strip().splitlines()[-2:]))
     found = read(argv[0])
+    shape = swin_shape_of(found) if is_swin(found) else shape_of(found, heads=1) | dict(heads="see above")
     print(f"{found.path}: {found.layout}; method {found.config['method'] or 'not stored'}; "
-          f"heads {found.config.get('heads') or 'not stored'}\n{shape_of(found, heads=1) | dict(heads='see above')}\n"
+          f"heads {found.config.get('heads') or 'not stored'}\n{shape}\n"
           f"tensors: {summary(found.state)}")
 
 

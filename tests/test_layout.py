@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {"vit": set(), "augment": set(), "training": set(), "sources": set(), "data": {"sources", "augment"},
          "randaugment": {"data"}, "weights": {"vit", "export"}, "export": {"weights"}}
 # probe lends its numbers to the scripts that log them, distill the teacher to mae; bench and tests import anything.
-SIDEWAYS = {"mae": {"probe", "distill"}, "distill": {"probe"}, "moco_v3": {"probe"}}
+SIDEWAYS = {"mae": {"probe", "distill"}, "distill": {"probe"}, "moco_v3": {"probe"}, "esvit": {"probe"}}
 FREE = {"bench"}
 # Raised from the plan's 300, 300, 400, 160, 260, 380 and 40 for training, mae, data, weights, distill, finetune and
 # flatten; sources and randaugment added: see the log of these lines.
-BUDGET = {"vit.py": 560, "weights.py": 290, "export.py": 145, "sources.py": 580, "data.py": 575, "augment.py": 290,
+BUDGET = {"vit.py": 575, "weights.py": 290, "export.py": 145, "sources.py": 580, "data.py": 575, "augment.py": 290,
           "randaugment.py": 110, "training.py": 590, "mae.py": 505, "distill.py": 390, "moco_v3.py": 400,
-          "finetune.py": 510, "probe.py": 570, "bench.py": 590, "flatten.py": 60}
+          "esvit.py": 600, "finetune.py": 510, "probe.py": 570, "bench.py": 730, "flatten.py": 60}
 FILES = sorted(ROOT.glob("*.py"))
 
 
@@ -44,7 +44,7 @@ def test_page(path):
     assert ast.get_docstring(tree), "the header is a runbook"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            limit = 70 if node.name in ("main", "pretrain", "finetune") else 60
+            limit = {"main": 70, "pretrain": 80, "finetune": 70}.get(node.name, 60)     # two losses, in esvit.py
             assert node.end_lineno - node.lineno < limit, f"{node.name} is longer than {limit} lines"
 
 
@@ -67,6 +67,7 @@ def test_runbooks_parse():
     import distill
     import finetune
     import mae
+    import moco_v3
     import training
     for script in sorted((ROOT / "runs").glob("*.sh")):
         assert len(script.read_text().splitlines()) <= 15
@@ -75,7 +76,7 @@ def test_runbooks_parse():
         for name, value in re.findall(r'^(\w+)=("[^"]*"|\S+)$', text, re.M):
             text = text.replace(f"${name}", " ".join(value.strip('"').split()))
         for line in text.replace("\\\n", " ").splitlines():
-            for method in (mae, distill, finetune):
+            for method in (mae, distill, finetune, moco_v3):
                 name = f" {method.__name__}.py "
                 if name in line and not line.startswith("#"):
                     words = re.sub("--init \\S+" if method is finetune else "$^", "", line.split(name)[1])

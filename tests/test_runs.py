@@ -74,7 +74,7 @@ def same_state(a, b):
         assert all(torch.equal(v, b["optimizer"]["state"][i][k]) for k, v in moments.items())
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed_is_bitwise_the_same(classes, tmp_path, world):
     """kill -9, another number of workers, SIGTERM, the end: equal to the run that nothing happened to. Two processes
     read a part of a tar, two crops of each image."""

@@ -1,10 +1,12 @@
 """Plain forms of the methods, for comparison only: tests check our numbers against them, bench.py our speed."""
+import copy
 import io
+import random
 from functools import partial
 
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torchvision import transforms
 
@@ -95,6 +97,66 @@ class TextbookDistilled(nn.Module):
         return pixels + weight * nn.functional.mse_loss(self.adapter(ours), theirs)
 
 
+class TextbookMoCo(nn.Module):
+    """MoCo v3 as its code does it, in one process: the online network on one view and then on the other, the momentum
+    update, parameter by parameter, its copy on both; torch's BatchNorm. Names are the published ones."""
+
+    def __init__(self, img_size=224, patch_size=16, dim=192, depth=12, heads=12, out=256, hidden=4096, temperature=0.2):
+        super().__init__()
+        from timm.models.vision_transformer import VisionTransformer
+        self.base_encoder = VisionTransformer(img_size, patch_size, num_classes=0, embed_dim=dim, depth=depth,
+                                              num_heads=heads, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.base_encoder.head = self.mlp(dim, hidden, hidden, out)
+        self.base_encoder.pos_embed.requires_grad = False
+        self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
+        self.predictor = self.mlp(out, hidden, out)
+        self.temperature = temperature
+
+    @staticmethod
+    def mlp(*widths):
+        layers = []
+        for i in range(1, len(widths)):
+            layers.append(nn.Linear(widths[i - 1], widths[i], bias=False))
+            if i < len(widths) - 1:
+                layers += [nn.BatchNorm1d(widths[i]), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers, nn.BatchNorm1d(widths[-1], affine=False))
+
+    def contrast(self, q, k):
+        logits = nn.functional.normalize(q, dim=1) @ nn.functional.normalize(k, dim=1).T / self.temperature
+        labels = torch.arange(len(q), device=q.device)
+        return nn.functional.cross_entropy(logits, labels) * 2 * self.temperature
+
+    def forward(self, one, two, momentum):
+        q1, q2 = self.predictor(self.base_encoder(one)), self.predictor(self.base_encoder(two))
+        with torch.no_grad():
+            for slow, fast in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters()):
+                slow.data = slow.data * momentum + fast.data * (1 - momentum)
+            k1, k2 = self.momentum_encoder(one), self.momentum_encoder(two)
+        return self.contrast(q1, k2) + self.contrast(q2, k1)
+
+
+class TextbookViews:
+    """The two views of a crop as they are usually made: torchvision's transforms on a Pillow image, one after the
+    other, in MoCo v3's order, to a normalised float tensor."""
+
+    def __init__(self):
+        self.first, self.second = self.pipeline(1.0, 0.0), self.pipeline(0.1, 0.2)
+
+    @staticmethod
+    def pipeline(blur, solarize):
+        def blurred(img):
+            return img.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        return transforms.Compose([
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), transforms.RandomGrayscale(0.2),
+            transforms.RandomApply([blurred], blur), transforms.RandomApply([ImageOps.solarize], solarize),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+
+    def __call__(self, crops):
+        """Pairs of PIL images -> (2B, 3, h, w)."""
+        return torch.stack([self.first(one) for one, _ in crops] + [self.second(two) for _, two in crops])
+
+
 class TextbookImages(torch.utils.data.Dataset):
     """The input path as it is usually written: Pillow, torchvision's transforms, one float tensor per image."""
 
@@ -111,3 +173,147 @@ class TextbookImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         img = Image.open(io.BytesIO(self.source.read(i))).convert("RGB")
         return self.transform(img), 0 if self.source.labels is None else int(self.source.labels[i])
+
+
+class TextbookSwinBlock(nn.Module):
+    """Swin's block in the order of its code: pad, roll, cut into windows, attend with explicit logits, undo it all."""
+
+    def __init__(self, dim, heads, side, shift):
+        super().__init__()
+        self.heads, self.side, self.shift = heads, side, shift
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.Module()
+        self.attn.qkv, self.attn.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.attn.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, heads))
+        at = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+        down, across = (at[:, None] - at[None] + side - 1).unbind(-1)
+        self.attn.register_buffer("relative_position_index", down * (2 * side - 1) + across)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+        self.masks = {}
+
+    def mask(self, h, w, device):
+        if (h, w) not in self.masks:
+            area, M, s = torch.zeros(h, w), self.side, self.shift
+            for i, y in enumerate((slice(0, -M), slice(-M, -s), slice(-s, None))):
+                for j, x in enumerate((slice(0, -M), slice(-M, -s), slice(-s, None))):
+                    area[y, x] = 3 * i + j
+            area = rearrange(area, "(a y) (b x) -> (a b) (y x)", y=M, x=M)
+            self.masks[h, w] = ((area[:, None] != area[:, :, None]) * -100.0).to(device)
+        return self.masks[h, w]
+
+    def forward(self, x, h, w):
+        M, attn = self.side, self.attn
+        y = rearrange(self.norm1(x), "b (h w) d -> b h w d", h=h)
+        y = nn.functional.pad(y, (0, 0, 0, -w % M, 0, -h % M))
+        down, across = y.shape[1:3]
+        if self.shift:
+            y = y.roll((-self.shift, -self.shift), (1, 2))
+        y = rearrange(y, "b (a y) (c x) d -> (b a c) (y x) d", y=M, x=M)
+        q, k, v = rearrange(attn.qkv(y), "n t (k h d) -> k n h t d", k=3, h=self.heads)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        logits = logits + attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)
+        if self.shift:
+            mask = self.mask(down, across, x.device)
+            logits = (rearrange(logits, "(b n) h s t -> b n h s t", n=len(mask)) + mask[:, None]).flatten(0, 1)
+        y = attn.proj(rearrange(logits.softmax(-1) @ v, "n h t d -> n t (h d)"))
+        y = rearrange(y, "(b a c) (y x) d -> b (a y) (c x) d", a=down // M, c=across // M, y=M)
+        if self.shift:
+            y = y.roll((self.shift, self.shift), (1, 2))
+        x = x + y[:, :h, :w].flatten(1, 2)
+        return x + self.mlp.fc2(nn.functional.gelu(self.mlp.fc1(self.norm2(x))))
+
+
+class TextbookSwin(nn.Module):
+    def __init__(self, img_size=224, patch_size=4, dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch_size, patch_size),
+                                              norm=nn.LayerNorm(dim, eps=1e-6)))
+        self.layers, side = nn.ModuleList(), img_size // patch_size
+        for s, depth in enumerate(depths):
+            M, shift, wide = min(window, side), window // 2 if side > window else 0, dim * 2 ** s
+            layer = dict(blocks=nn.ModuleList([TextbookSwinBlock(wide, heads[s], M, shift * (i % 2))
+                                               for i in range(depth)]))
+            if s < len(depths) - 1:
+                layer["downsample"] = nn.ModuleDict(dict(reduction=nn.Linear(4 * wide, 2 * wide, bias=False),
+                                                         norm=nn.LayerNorm(4 * wide, eps=1e-6)))
+            self.layers.append(nn.ModuleDict(layer))
+            side = (side + 1) // 2
+        self.norm = nn.LayerNorm(wide, eps=1e-6)
+
+    def forward(self, img):
+        x = self.patch_embed.proj(img)
+        h, w = x.shape[-2:]
+        x = self.patch_embed.norm(x.flatten(2).transpose(1, 2))
+        for layer in self.layers:
+            for block in layer.blocks:
+                x = block(x, h, w)
+            if "downsample" in layer:
+                x = nn.functional.pad(rearrange(x, "b (h w) d -> b h w d", h=h), (0, 0, 0, w % 2, 0, h % 2))
+                x = torch.cat([x[:, i::2, j::2] for j in range(2) for i in range(2)], -1)
+                h, w = x.shape[1:3]
+                x = layer.downsample.reduction(layer.downsample.norm(x.flatten(1, 2)))
+        return self.norm(x)
+
+
+class TextbookEsViT(nn.Module):
+    """EsViT as its code does it: all logits of all crops' regions, for every pair of crops the matched rows of the
+    teacher's softmax gathered and a log-softmax of the student's. student, teacher: dicts of backbone, head,
+    head_dense (see `network`)."""
+
+    def __init__(self, prototypes=65536, hidden=2048, bottleneck=256, **swin):
+        super().__init__()
+        self.student, self.teacher = (self.network(prototypes, hidden, bottleneck, swin) for _ in range(2))
+        self.teacher.requires_grad_(False)
+        self.center, self.center_grid = (torch.zeros(1, prototypes) for _ in range(2))
+
+    @staticmethod
+    def network(prototypes, hidden, bottleneck, swin):
+        def head(dim):
+            last = nn.utils.parametrizations.weight_norm(nn.Linear(bottleneck, prototypes, bias=False))
+            return nn.ModuleDict(dict(mlp=nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
+                                                        nn.GELU(), nn.Linear(hidden, bottleneck)), last_layer=last))
+        backbone = TextbookSwin(**swin)
+        dim = len(backbone.norm.weight)
+        return nn.ModuleDict(dict(backbone=backbone, head=head(dim), head_dense=head(dim)))
+
+    @staticmethod
+    def look(net, groups):
+        """Lists of (n * B, 3, h, w), crop after crop -> logits of views and of regions, regions' features, counts."""
+        tokens = [net.backbone(img) for img in groups]
+        views = torch.cat([x.mean(1) for x in tokens])
+        regions = torch.cat([x.flatten(0, 1) for x in tokens])
+        views, logits = (head.last_layer(nn.functional.normalize(head.mlp(x), dim=-1))
+                         for head, x in ((net.head, views), (net.head_dense, regions)))
+        return views, logits, regions, [x.shape[1] for x in tokens]
+
+    def forward(self, groups, crops, temperature, student_temp=0.1):
+        """groups: as for look; crops: how many of each size."""
+        with torch.no_grad():
+            t_views, t_logits, t_features, (N, *_) = self.look(self.teacher, groups[:1])
+        return self.loss(self.look(self.student, groups), (t_views, t_logits, t_features), crops, N, temperature,
+                         student_temp)
+
+    def loss(self, student, teacher, crops, N, temperature, student_temp=0.1):
+        (views, logits, features, counts), (t_views, t_logits, t_features) = student, teacher
+        B, V = len(t_views) // 2, sum(crops)
+        per_crop = [t for n, t in zip(crops, counts) for _ in range(n)]
+        views = (views / student_temp).chunk(V)
+        logits = (logits / student_temp).split([B * t for t in per_crop])
+        features = features.split([B * t for t in per_crop])
+        p_views = ((t_views - self.center) / temperature).softmax(-1).detach().chunk(2)
+        p_logits = ((t_logits - self.center_grid) / temperature).softmax(-1).detach().chunk(2)
+        t_features, total = t_features.chunk(2), 0.0
+        for i in range(2):
+            for v in range(V):
+                if v == i:
+                    continue
+                loss = 0.5 * torch.sum(-p_views[i] * views[v].log_softmax(-1), -1)
+                ours, theirs = features[v].view(B, per_crop[v], -1), t_features[i].view(B, N, -1)
+                similarity = nn.functional.normalize(ours, dim=-1) @ nn.functional.normalize(theirs, dim=-1).mT
+                index = similarity.argmax(-1, keepdim=True).expand(-1, -1, p_logits[i].shape[-1])
+                target = p_logits[i].view(B, N, -1).gather(1, index)
+                dense = torch.sum(-target * logits[v].view(B, per_crop[v], -1).log_softmax(-1), -1)
+                total = total + (loss + 0.5 * dense.mean(-1)).mean()
+        self.center = 0.9 * self.center + 0.1 * t_views.mean(0, keepdim=True)
+        self.center_grid = 0.9 * self.center_grid + 0.1 * t_logits.mean(0, keepdim=True)
+        return total / (2 * (V - 1))

@@ -1,0 +1,264 @@
+"""Swin: against the recorded reference runs, against torch, and what windows must not let through."""
+import pytest
+import torch
+from golden import Golden, close, close_grads, needs_golden, read_json
+from test_parity import check_shapes
+from torch import nn
+
+from vit import SWINS, PatchMerging, Swin, WindowAttention, layout, relative_index, windows
+
+
+def from_golden(c, **options):
+    return Swin(c["img_size"], c["patch_size"], 3, c["embed_dim"], c["depths"], c["num_heads"], c["window_size"],
+                c["mlp_ratio"], eps=c["norm_eps"], **options)
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return Swin(**{**dict(img_size=32, patch_size=2, dim=16, depths=(2, 2), heads=(2, 4), window=4), **options})
+
+
+def record(model):
+    """What comes out of every stage, by number."""
+    outs = {}
+    for s, layer in enumerate(model.layers):
+        part = layer.downsample if "downsample" in layer else layer.blocks[-1]
+        part.register_forward_hook(lambda m, a, out, s=s: outs.update({s: out[0] if isinstance(out, tuple) else out}))
+    return outs
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Recorded runs
+
+
+@needs_golden
+def test_forward_of_the_official_code():
+    """Supervised Swin: eps 1e-5, files with attn_mask."""
+    g = Golden("swin_forward")
+    model = from_golden(g.config, num_classes=g.config["num_classes"])
+    state, outs = g.under("state"), record(model)
+    masks = {k.removesuffix(".attn_mask"): v for k, v in state.items() if k.endswith("attn_mask")}
+    model.load_state_dict({k: v for k, v in state.items() if not k.endswith("attn_mask")})
+    close(model.features(g("input/imgs")), g("out/features"), 2e-5)
+    logits = model(g("input/imgs"))
+    close(logits, g("out/logits"), 2e-5)
+    for s in range(3):
+        close(outs[s], g(f"out/stage{s}"), 2e-5)
+    (logits * g("input/grad_logits")).sum().backward()
+    close_grads(model, g.under("grad"), 1e-4)
+    check_windows(model, g, masks)
+
+
+def check_windows(model, g, masks, size=None):
+    blocks = [(f"layers.{s}.blocks.{i}", block.attn, s) for s, layer in enumerate(model.layers)
+              for i, block in enumerate(layer.blocks)]
+    assert [[a.side, a.shift] for _, a, _ in blocks] == g("out/block_window_shift").tolist()
+    maps = model.maps(*[size or g.config["img_size"]] * 2)
+    for name, a, s in blocks:
+        mask = windows(*maps[s], a.side, a.shift, torch.device("cpu"))[2]
+        assert (mask is None) == (name not in masks) or g.config.get("store_stages") is False
+        if name in masks:
+            assert torch.equal(mask, masks[name]), name
+
+
+@needs_golden
+@pytest.mark.parametrize("name, tolerance, grad_tolerance", [
+    ("divisible", 2e-5, 5e-5), ("padded", 5e-5, 1e-4), ("w7_224", 5e-5, 1e-4), ("w7_96", 5e-5, 5e-4),
+    ("w14_96", 5e-5, 1e-4)])
+def test_forward_of_esvit(name, tolerance, grad_tolerance):
+    """Any crop with the windows of the nominal size: padding, shift, odd merging, the last blocks' features."""
+    g = Golden(f"esvit_swin_{name}")
+    model, img = from_golden(g.config), g("input/imgs")
+    model.load_state_dict(g.under("state"))
+    outs = record(model)
+    region = model.encode(img)
+    close(region, g("out/region"), tolerance)
+    for s in range(model.stages - 1):
+        if f"out/stage{s}" in g.arrays:
+            close(outs[s], g(f"out/stage{s}"), tolerance)
+    assert region.shape[1] == torch.tensor(model.grid_of(*img.shape[-2:])).prod()
+    close(model.features(img), g("out/cls"), tolerance)
+    close(model.last_features(img, 3), g("out/last3_blocks_avg"), tolerance)
+    close(model.encode(img, (model.depth,))[1][0].softmax(-1), g("out/last_attention"), tolerance)
+    ((region.mean(1) * g("input/grad_cls")).sum() + 0.1 * region.square().mean()).backward()
+    close_grads(model, g.under("grad"), grad_tolerance)
+    check_windows(model, g, g.under("out/attn_mask"), g.config["input_size"])
+
+
+@needs_golden
+def test_masks_and_indices():
+    g = Golden("swin_attn_mask")
+    for h, w, side, shift in g.config["cases"]:
+        mask = windows(h, w, side, shift, torch.device("cpu"))[2]
+        assert torch.equal(mask, g(f"out/mask_{h}x{w}_w{side}_s{shift}"))
+    g = Golden("swin_rel_pos_index")
+    for h, w in g.config["windows"]:
+        assert torch.equal(relative_index(h, w)[1:, 1:], g(f"out/index_{h}x{w}"))
+
+
+@needs_golden
+def test_window_attention():
+    g = Golden("swin_window_attention")
+    c = g.config
+    attn = WindowAttention(c["dim"], c["heads"], c["window"][0])
+    attn.load_state_dict(g.under("state"))
+    x, mask = g("input/x"), g("input/mask")                     # (B * n, T, D)
+    for given, want in ((None, "y_nomask"), (mask, "y_mask")):
+        qkv = attn.qkv(x).view(c["batch"], -1, 3 * c["dim"])
+        out, logits = attn.attend(qkv, given, with_logits=True)
+        close(attn.proj(attn.attend(qkv, given)[0]).view_as(x), g(f"out/{want}"), 1e-5)
+        torch.testing.assert_close(out, attn.attend(qkv, given)[0])
+        assert logits.shape == (len(x), c["heads"], 9, 9)
+    grid = g("input/map").shape[1:3]
+    order, place, _ = windows(*grid, c["window"][0], 0, torch.device("cpu"))
+    tokens = g("input/map").flatten(1, 2)
+    assert torch.equal(tokens[:, order].view_as(g("out/windows")), g("out/windows"))
+    assert torch.equal(tokens[:, order][:, place], tokens)
+
+
+@needs_golden
+@pytest.mark.parametrize("name, key", [("esvit_patch_merging", "sizes"), ("swin_patch_merging", "resolutions")])
+def test_patch_merging(name, key):
+    g = Golden(name)
+    merging = PatchMerging(g.config["dim"], 1e-6 if key == "sizes" else g.config["norm_eps"])
+    merging.load_state_dict(g.under("state"))
+    for size in g.config[key]:
+        grid, label = ((size, size), size) if key == "sizes" else (size, "{}x{}".format(*size))
+        close(merging(g(f"input/x_{label}"), grid), g(f"out/y_{label}"), 1e-5)
+
+
+@needs_golden
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("window", [7, 14])
+def test_shapes_of_esvit(size, window):
+    with torch.device("meta"):
+        model = Swin(**SWINS[f"swin_{size}"], window=window)
+    check_shapes(model, read_json("shapes_esvit")[f"swin_{size}_w{window}_backbone(224)"])
+
+
+@needs_golden
+def test_shapes_of_the_official_code():
+    with torch.device("meta"):
+        model = Swin(**SWINS["swin_tiny"], num_classes=1000)
+    want = read_json("shapes_swin_official")["swin_tiny_patch4_window7_224"]
+    want["state"] = [row for row in want["state"] if not row[0].endswith("attn_mask")]
+    check_shapes(model, want)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Invariants
+
+
+@pytest.mark.parametrize("name, options, count", [
+    ("swin_tiny", dict(num_classes=1000), 28_288_354), ("swin_tiny", {}, 27_519_354),
+    ("swin_tiny", dict(window=14), 27_569_754), ("swin_small", dict(num_classes=1000), 49_606_258),
+    ("swin_base", dict(num_classes=1000), 87_768_224), ("swin_lite", dict(num_classes=1000), 7_299_634)])
+def test_published_parameter_counts(name, options, count):
+    with torch.device("meta"):
+        model = Swin(**{**SWINS[name], **options})
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_window_attention_matches_torch():
+    """Without numbers for offsets a window is plain attention among its tokens."""
+    torch.manual_seed(0)
+    ours, ref = WindowAttention(24, 3, 4), nn.MultiheadAttention(24, 3, batch_first=True)
+    nn.init.zeros_(ours.relative_position_bias_table)
+    ref.in_proj_weight.data, ref.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
+    ref.out_proj.weight.data, ref.out_proj.bias.data = ours.proj.weight.data, ours.proj.bias.data
+    x = torch.randn(2, 8, 12, 24)                               # 2 x 3 windows
+    out = ours(x.flatten(1, 2), (8, 12))[0].view_as(x)
+    for top in (0, 4):
+        for left in (0, 4, 8):
+            part = x[:, top:top + 4, left:left + 4].flatten(1, 2)
+            want = ref(part, part, part, need_weights=False)[0]
+            torch.testing.assert_close(out[:, top:top + 4, left:left + 4].flatten(1, 2), want)
+
+
+def test_padding_is_zeros_of_the_map():
+    """The same as padding the tokens themselves before the projection, which is how it is published."""
+    torch.manual_seed(0)
+    for shift in (0, 2):
+        attn, x = WindowAttention(16, 2, 4, shift), torch.randn(2, 5, 6, 16)
+        nn.init.normal_(attn.qkv.bias)
+        padded = nn.functional.pad(x, (0, 0, 0, 2, 0, 3)).flatten(1, 2)
+        want = attn(padded, (8, 8))[0].view(2, 8, 8, 16)[:, :5, :6]
+        torch.testing.assert_close(attn(x.flatten(1, 2), (5, 6))[0].view(2, 5, 6, 16), want)
+
+
+def reach(attn, grid, at):
+    """Which tokens of a map (h, w) the token numbered `at` sees."""
+    x = torch.randn(1, grid[0] * grid[1], 8, requires_grad=True)
+    attn(x, grid)[0][0, at].sum().backward()
+    return x.grad[0].abs().sum(-1).view(grid) > 1e-12
+
+
+def test_opposite_edges_do_not_see_each_other():
+    torch.manual_seed(0)
+    plain, shifted = WindowAttention(8, 2, 4), WindowAttention(8, 2, 4, 2)
+    corner = torch.zeros(8, 8, dtype=torch.bool)
+    corner[:4, :4] = True
+    assert torch.equal(reach(plain, (8, 8), 0), corner)
+    corner[2:] = corner[:, 2:] = False                          # rolled, it shares its window with three other corners
+    assert torch.equal(reach(shifted, (8, 8), 0), corner)
+    middle = torch.zeros(8, 8, dtype=torch.bool)
+    middle[2:6, 2:6] = True                                     # across the border of four plain windows
+    assert torch.equal(reach(shifted, (8, 8), 3 * 8 + 4), middle)
+    assert reach(shifted, (3, 6), 0).sum() == 4                 # a single window of a map with padding keeps its shift
+
+
+def test_any_size_and_channels():
+    with torch.device("meta"):
+        assert Swin().maps(96, 96) == [(24, 24), (12, 12), (6, 6), (3, 3)]                      # as published
+    model = small(in_chans=1)
+    assert model.grid == (8, 8)
+    for height, width, regions in ((32, 32, 64), (20, 44, 55), (6, 2, 2)):
+        img = torch.randn(1, 1, height, width)
+        assert model.encode(img).shape == (1, regions, 32) and model(img).shape == (1, 32)
+        h, w = model.grid_of(height, width)
+        assert h * w == regions
+    wide = small(img_size=(16, 64), window=8)                   # the shorter side decides, for all stages
+    assert [(b.attn.side, b.attn.shift) for layer in wide.layers for b in layer.blocks] == [(8, 0)] * 2 + [(4, 0)] * 2
+    with pytest.raises(ValueError, match="patches of 2 do not tile a 33x32 image"):
+        model(torch.randn(1, 1, 33, 32))
+    with pytest.raises(ValueError, match="2 stages need as many numbers of heads, not 1"):
+        small(heads=(2,))
+    with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
+        small(heads=(3, 4))
+
+
+def test_logits_on_request_change_nothing():
+    model, img = small(), torch.randn(2, 3, 24, 20)
+    plain = model.encode(img)
+    x, (second, last) = model.encode(img, (2, 4))
+    torch.testing.assert_close(x, plain)
+    assert second.shape == (2 * 9, 2, 16, 16) and last.shape == (2 * 4, 4, 16, 16)
+    torch.testing.assert_close(model.last_features(img, 1), model.features(img))
+    assert model.last_features(img, 4).shape == (2, 2 * 16 + 2 * 32)
+
+
+def test_drop_path_and_start():
+    model = small(drop_path=0.3, num_classes=5)
+    assert [b.drop_path for layer in model.layers for b in layer.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+    img = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(img), model(img)) and not torch.equal(model.train()(img), model(img))
+    table, qkv = model.layers[1].blocks[0].attn.relative_position_bias_table, model.layers[1].blocks[0].attn.qkv
+    assert 0.015 < table.std() < 0.025 and 0.015 < qkv.weight.std() < 0.025 and not qkv.bias.any()
+    assert model.patch_embed.proj.weight.std() > 0.05           # torch's own start
+
+
+def test_every_parameter_learns():
+    model = small(num_classes=3)
+    model(torch.randn(4, 3, 28, 28)).square().sum().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_kept_layouts_serve_training_after_inference():
+    layout.cache_clear()
+    model, img = small(), torch.randn(1, 3, 24, 24)
+    with torch.inference_mode():
+        model(img)
+    model(img).sum().backward()
+    count = layout.cache_info().misses
+    model(img)
+    assert layout.cache_info().misses == count                 # made once for a size
