@@ -387,8 +387,8 @@ def teacher_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("script, options, world", [
-    pytest.param("mae.py", ["--distill", "decoupled"], 1, marks=pytest.mark.slow), ("mae.py", [], 2),
-    ("distill.py", ["--distill", "hidden"], 1),
+    pytest.param("mae.py", ["--distill", "decoupled"], 1, marks=pytest.mark.slow),
+    pytest.param("mae.py", [], 2, marks=pytest.mark.slow), ("distill.py", ["--distill", "hidden"], 1),
     pytest.param("distill.py", ["--mask-ratio", "0"], 2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bitwise_the_same(classes, teacher_file, tmp_path, script, options, world):
     name = "--distill-teacher" if script == "mae.py" else "--teacher"

@@ -321,9 +321,9 @@ def test_a_file_tells_the_shape(tmp_path):
 
 
 @pytest.mark.parametrize("world, options", [
-    pytest.param(1, ["--optimizer", "sgd", "--mixup", 0.8, "--cutmix", 1, "--ema", 0.9, "--rand-augment", 9,
-                     "--accum", 2], marks=pytest.mark.slow),
-    (2, ["--recipe", "rpe", "--warmup-epochs", 0, "--erase", 0.5, "--drop-path", 0.1])])
+    (1, ["--optimizer", "sgd", "--mixup", 0.8, "--cutmix", 1, "--ema", 0.9, "--rand-augment", 9, "--accum", 2]),
+    pytest.param(2, ["--recipe", "rpe", "--warmup-epochs", 0, "--erase", 0.5, "--drop-path", 0.1],
+                 marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bitwise_the_same(classes, tmp_path, world, options):
     args = ["--data", classes, *TINY, *options]
     finish(*args, "--out", tmp_path / "whole", world=world, script="finetune.py")
