@@ -85,7 +85,7 @@ RECIPES = {
     "vit_base": OFFICIAL, "vit_large": OFFICIAL, "vit_huge": OFFICIAL,
 }
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_ratio=0.6, min_crop=0.6, batch_size=128,
-            epochs=8, warmup_epochs=1, blr=4e-3, workers=1, log_every=78, save_every=312)
+            epochs=6, warmup_epochs=1, blr=4e-3, workers=1, log_every=78, save_every=312)
 
 
 # ----------------------------------------------------------------------------------------------------------------
