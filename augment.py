@@ -285,6 +285,6 @@ def recolour(img, colours, mean, std):
         x = only(x, some.grey, lambda x: x.copy_(grey(x)))
         x = only(x, some.radius > 0, blur, kernel)
         x = only(x, some.solarize, lambda x: torch.minimum(x, 255 - x))                         # 128 and more inverted
-        whole[:, :3] = x
-        torch.sub(whole, constants(mean, img.device), out=into).div_(constants(std, img.device))
+        x = x if x.shape == whole.shape else torch.cat([x, whole[:, 3:]], 1)
+        torch.sub(x, constants(mean, img.device), out=into).div_(constants(std, img.device))
     return out

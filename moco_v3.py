@@ -173,8 +173,8 @@ class MoCo(nn.Module):
         self.predictor = head(dim, hidden, dim, sync=sync_bn)
 
     def forward(self, views, momentum, accum=1):
-        """views (2B, C, h, w), normalised, first all first views -> loss, fp32, and what to look at, detached: dict of
-        (2, B, ...), by view: features, projections, queries, keys.
+        """views (2B, C, h, w), normalised, the two of an image next to each other -> loss, fp32, and what to look at,
+        detached: dict of (2, B, ...), by view: features, projections, queries, keys.
 
         Keys come first, so that their memory is free again. As the momentum encoder takes in the weights from before
         this step, that is no other result; if the last step was skipped, it takes in the same weights again.
@@ -186,8 +186,7 @@ class MoCo(nn.Module):
         queries = torch.stack([self.predictor(z) for z in projections])
         with torch.autocast(views.device.type, enabled=False):
             loss = self.contrast(queries, keys)
-        seen = dict(features=rearrange(features, "(v b) d -> v b d", v=2), projections=projections, queries=queries,
-                    keys=keys)
+        seen = dict(features=features, projections=projections, queries=queries, keys=keys)
         return loss, {name: x.detach() for name, x in seen.items()}
 
     def follow(self, momentum):
@@ -196,7 +195,7 @@ class MoCo(nn.Module):
         torch._foreach_lerp_(slow, fast, 1 - momentum)
 
     def project(self, encoder, views, accum):
-        """-> features (2B, D), the normed cls tokens, and their projections (2, B, E).
+        """-> features (2, B, D), by view, the normed cls tokens, and their projections (2, B, E).
 
         The backbone sees both views at once, as it treats every image by itself. The heads do not: their statistics
         are of one view. accum: the backbone takes that many parts one after the other and keeps their features alone;
@@ -210,7 +209,8 @@ class MoCo(nn.Module):
                 torch.clear_autocast_cache()                    # else weights' gradients would be summed in 16 bits
                 features.append(checkpoint(self.features, encoder, part, use_reentrant=False, preserve_rng_state=False))
             features = torch.cat(features)
-        return features, torch.stack([encoder.head(x) for x in features.chunk(2)])
+        features = rearrange(features, "(b v) d -> v b d", v=2)
+        return features, torch.stack([encoder.head(x) for x in features])
 
     def contrast(self, queries, keys):
         """Cross-entropy of each query's similarities to all N keys of the other view, whose own is the right one,
@@ -237,12 +237,12 @@ class MoCo(nn.Module):
 
 
 def two_views(img, mean, std):
-    """uint8 crops (2B, C, h, w), the two of an image next to each other -> normalised, all first views, then all
-    second. Strengths are the same; the first is always blurred, the second rarely, but solarised at times."""
-    img = random_flip(rearrange(img, "(b v) c h w -> (v b) c h w", v=2))
+    """uint8 crops (2B, C, h, w), the two of an image next to each other -> normalised floats. Strengths are the same;
+    first views are always blurred, second ones rarely, but solarised at times."""
     first = draw_colours(len(img) // 2, p_blur=1.0)
     second = draw_colours(len(img) // 2, p_blur=0.1, p_solarize=0.2)
-    return recolour(img, Colours(*map(torch.cat, zip(first, second))), mean, std)
+    colours = Colours(*(torch.stack(both, 1).flatten(0, 1) for both in zip(first, second)))
+    return recolour(random_flip(img), colours, mean, std)
 
 
 def momentum_at(step, steps, start):

@@ -67,9 +67,14 @@ def views_of(batch=6, seed=5):
     return torch.randn(2, batch, 3, 16, 16).double()
 
 
+def together(one, two):
+    """Views as they come: the two of an image next to each other."""
+    return torch.stack([one, two], 1).flatten(0, 1)
+
+
 def step_result(model, views, accum=1, momentum=0.9):
     """views (2, B, ...) -> loss, gradients, state after, and what was seen."""
-    loss, seen = model(views.flatten(0, 1), momentum, accum)
+    loss, seen = model(together(*views), momentum, accum)
     loss.backward()
     model = getattr(model, "module", model)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -201,7 +206,7 @@ def test_trajectory():
         momentum = momentum_at(step, total, c["moco_m"])
         assert (lr, momentum) == pytest.approx((g("out/lr")[step].item(), g("out/momentum")[step].item()), rel=1e-12)
         i = step % c["n_batches"]
-        loss, _ = model(torch.cat([g("input/x1")[i], g("input/x2")[i]]), momentum)
+        loss, _ = model(together(g("input/x1")[i], g("input/x2")[i]), momentum)
         loss.backward()
         norm, skipped = finite_step(optimizer, scaler)
         optimizer.zero_grad()
@@ -246,7 +251,7 @@ def test_same_as_textbook():
                   for m in (ours, plain)]
     for _ in range(12):
         one, two = torch.randn(2, 8, 3, 16, 16).double()
-        losses = ours(torch.cat([one, two]), 0.9)[0], plain(one, two, 0.9)
+        losses = ours(together(one, two), 0.9)[0], plain(one, two, 0.9)
         torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
         for loss, optimizer in zip(losses, optimizers):
             optimizer.zero_grad()
@@ -343,7 +348,7 @@ def test_who_learns():
 def test_views_are_normalised_apart():
     """A second view that is brighter throughout must not reach the statistics of the first."""
     model, (one, two) = small(), torch.randn(2, 6, 3, 16, 16)
-    a, b = (model(torch.cat([one, second]), 0.5)[1] for second in (two, 3 * two + 1))
+    a, b = (model(together(one, second), 0.5)[1] for second in (two, 3 * two + 1))
     torch.testing.assert_close(a["projections"][0], b["projections"][0])
     assert not torch.allclose(a["projections"][1], b["projections"][1])
 
@@ -385,18 +390,19 @@ def test_collapse_is_named():
 
 
 def test_two_views():
-    """Crops 2i and 2i + 1 are the two views of image i; the first is always blurred, the second seldom."""
+    """Images stay where they are; of each pair the first is always blurred, the second seldom, and only the second is
+    ever solarised: white turns black."""
     torch.manual_seed(0)
-    img = torch.zeros(80, 3, 32, 32, dtype=torch.uint8)
-    img[:] = torch.arange(80).view(80, 1, 1, 1)                 # grey of brightness n: only brightness can change it
-    img[:, :, 16] += 80                                         # and a line, which a blur makes wider
+    img = torch.zeros(400, 3, 32, 32, dtype=torch.uint8)
+    img[:] = torch.arange(400).view(400, 1, 1, 1) // 8          # of brightness 0 to 49, with a white line
+    img[:, :, 16] = 255
     views = two_views(img, (0.0,) * 3, (1 / 255,) * 3)
-    assert views.shape == (80, 3, 32, 32)
-    first, second = views.chunk(2)
-    widened = [(v[:, 0, 15, 5] - v[:, 0, 8, 5]).abs() > 0.3 for v in (first, second)]
-    assert widened[0].float().mean() > 0.7 and widened[1].float().mean() < 0.3
-    order = torch.corrcoef(torch.stack([first[:, 0, 0, 0], torch.arange(0.0, 80, 2)]))[0, 1]
-    assert order > 0.5
+    assert torch.corrcoef(torch.stack([views[:, 0, 0, 0], torch.arange(400.0)]))[0, 1] > 0.8
+    first, second = views[::2], views[1::2]
+    near, far = ((v[:, 0, 15, 5] - v[:, 0, 8, 5]).abs() > 0.3 for v in (first, second))
+    assert near.float().mean() > 0.7 and far.float().mean() < 0.2
+    dark = [(v[:, :, 16].mean((1, 2)) < v[:, :, 8].mean((1, 2))).float().mean() for v in (first, second)]
+    assert dark[0] == 0 and 0.1 < dark[1] < 0.3
 
 
 def test_a_non_finite_batch_leaves_no_trace():
