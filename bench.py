@@ -127,6 +127,8 @@ def make_step(kind, model, batch, device, dtype, compiled, teacher=None, moco=Fa
     size, patch = 224, MODELS[model]["patch_size"]
     torch.manual_seed(1)                                        # the same for both
     fixed = torch.randn(batch * (1 + moco), 3, size, size, device=device)
+    if moco and kind != "ours":                                 # ours takes the two views of an image side by side
+        fixed = torch.cat([fixed[::2], fixed[1::2]])
     noise = torch.rand(batch, (size // patch) ** 2, device=device)
 
     def step(img=fixed):
