@@ -160,7 +160,7 @@ class Network(nn.Module):
 
     def __init__(self, backbone, prototypes, dense=True, **options):
         super().__init__()
-        self.backbone, width = backbone, len(backbone.norm.weight)
+        self.backbone, width = backbone, backbone.width
         self.head = DINOHead(width, prototypes, **options)
         self.head_dense = DINOHead(width, prototypes, **options) if dense else None
 

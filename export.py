@@ -13,6 +13,7 @@ import struct
 
 import torch
 
+from vit import Swin
 from weights import TYPES, read, refuse, summary, whole
 
 # timm's entries of these widths, depths and patches. Any other shape is a ViT-Base with every option overridden.
@@ -26,7 +27,8 @@ def facts_of(weights, model):
     config, n = weights.config, model.config["in_chans"]
     usual = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if n == 3 else ((0.0,) * n, (1.0,) * n)
     stored = ("method", "mean", "std", "classes", "resize_offset", "final_norm")
-    return {**{k: model.config[k] for k in ("heads", "img_size", "readout", "num_classes", "eps")},
+    kept = ("heads", "window", "img_size", "num_classes", "eps")
+    return {**{k: model.config[k] for k in kept if k in model.config}, "readout": model.readout,
             **dict(zip(("mean", "std"), usual)), **{k: config[k] for k in stored if config.get(k)}}
 
 
@@ -51,11 +53,16 @@ def write_safetensors(path, state, facts):
 def write_timm(path, model, facts):
     """A folder as timm's create_model reads it; num_heads is what its own default gets wrong without a word. What has
     relative positions, layer scale or no key bias is a BEiT there."""
-    c, pool = model.config, "token" if model.readout == "cls" else "avg"
+    c, pool, swin = model.config, "token" if model.readout == "cls" else "avg", isinstance(model, Swin)
     args = dict(img_size=c["img_size"], patch_size=c["patch_size"], in_chans=c["in_chans"], embed_dim=c["dim"],
-                depth=c["depth"], num_heads=c["heads"], mlp_ratio=c["mlp_ratio"], global_pool=pool)
-    name, state = TIMM.get((c["dim"], c["depth"], c["patch_size"]), "vit_base_patch16_224"), model.state_dict()
-    if c["relative"] or c["layer_scale"] or not c["key_bias"]:
+                num_heads=c["heads"], mlp_ratio=c["mlp_ratio"], global_pool=pool)
+    name, state = "swin_tiny_patch4_window7_224", model.state_dict()
+    if swin:                                                    # of which timm renames the tensors by itself
+        args |= dict(depths=c["depths"], window_size=c["window"])
+    else:
+        args["depth"] = c["depth"]
+        name = TIMM.get((c["dim"], c["depth"], c["patch_size"]), "vit_base_patch16_224")
+    if not swin and (c["relative"] or c["layer_scale"] or not c["key_bias"]):
         name = "beit_base_patch16_224"
         args |= dict(use_abs_pos_emb=True, use_rel_pos_bias=c["relative"], init_values=c["layer_scale"] or None)
         for key in [k for k in state if k.endswith("attn.qkv.bias")]:       # a key's bias cancels in the softmax
@@ -64,9 +71,9 @@ def write_timm(path, model, facts):
         state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
     data = dict(input_size=[c["in_chans"], *c["img_size"]], fixed_input_size=True, interpolation="bicubic",
                 crop_pct=0.875 if max(c["img_size"]) <= 224 else 1.0, mean=facts["mean"], std=facts["std"],
-                num_classes=c["num_classes"], classifier="head", first_conv="patch_embed.proj")
+                num_classes=c["num_classes"], classifier="head.fc" if swin else "head", first_conv="patch_embed.proj")
     names = {"label_names": facts["classes"]} if "classes" in facts else {}
-    config = dict(architecture=name, num_classes=c["num_classes"], num_features=c["dim"], global_pool=pool,
+    config = dict(architecture=name, num_classes=c["num_classes"], num_features=model.width, global_pool=pool,
                   model_args=args, pretrained_cfg=data, **names)
     with open(os.path.join(path, "config.json"), "w") as f:
         json.dump(config, f, indent=2)
@@ -103,8 +110,8 @@ def export(path, to, out=None, heads=None):
         refuse(out, "exists: move it away, or give another --out")
     model, left = whole(weights, heads)
     c, state, facts = model.config, model.state_dict(), facts_of(weights, model)
-    two = "head_dist.weight" in state
-    if to == "timm" and (two or c["eps"] != 1e-6):
+    two, swin = "head_dist.weight" in state, isinstance(model, Swin)
+    if to == "timm" and (two or c["eps"] != (1e-5 if swin else 1e-6)):
         refuse(weights.path, f"has {'two heads' if two else 'an eps of ' + str(c['eps'])}, for which timm's networks "
                              "have no place: --to safetensors and onnx keep it")
     if to == "onnx" and sum(t.nbytes for t in state.values()) >= 2 ** 31:
@@ -120,9 +127,9 @@ def export(path, to, out=None, heads=None):
         os.rename(f"{out}.tmp", out)
     except OSError as error:
         refuse(out, f"cannot be written: {error}")
-    print(f"{weights.path} -> {out}: width {c['dim']}, {c['depth']} layers, {c['heads']} heads, patches of "
+    print(f"{weights.path} -> {out}: width {model.width}, {model.depth} layers, {c['heads']} heads, patches of "
           f"{c['patch_size']}, images of {' x '.join(map(str, c['img_size']))} and {c['in_chans']} channels, readout "
-          f"{c['readout']}, {c['num_classes'] or 'no'} classes, mean {facts['mean']}, std {facts['std']}"
+          f"{model.readout}, {c['num_classes'] or 'no'} classes, mean {facts['mean']}, std {facts['std']}"
           f"{'' if weights.config.get('mean') else ' (not stored: the usual)'}; left out: {summary(left)}")
     if to == "timm":
         print(f'timm.create_model("local-dir:{out}", pretrained=True)')

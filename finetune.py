@@ -1,5 +1,5 @@
 """
-Supervised training of a ViT from any checkpoint, or from scratch: what a pre-trained encoder is worth.
+Supervised training of a ViT or Swin from any checkpoint, or from scratch: what a pre-trained encoder is worth.
 Recipes of https://arxiv.org/abs/2205.14443 (ViT-Tiny and -Small) and https://arxiv.org/abs/2111.06377 (Base to Huge).
 
 One node:   torchrun --standalone --nproc_per_node=8 finetune.py --init out/mae/encoder.pt --out out/finetune
@@ -14,6 +14,7 @@ Expected:   not run yet at full size; small sets are in the README
 import hashlib
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,8 +32,8 @@ from data import CROPS, CenterCrops, keys, load, stream
 from randaugment import AugmentedCrops
 from sources import describe, find, parts, same_classes
 from training import Plumbing, opt
-from vit import MODELS, TwoHeads, ViT, pair
-from weights import load_into, read, shape_of, summary, whole
+from vit import MODELS, SWINS, Swin, TwoHeads, ViT, pair
+from weights import is_swin, load_into, read, shape_of, summary, swin_shape_of, whole
 
 
 @dataclass
@@ -41,14 +42,15 @@ class Config(Plumbing):
     fraction: float = opt(1.0, "share of the training images used, the same of each class, chosen by the seed")
     init: str | None = opt(None, "checkpoint whose encoder a new run starts from, any layout (default: from scratch)")
     recipe: str | None = opt(None, "row of the table of recipes in this file (default: the model's)")
-    model: str | None = opt(None, f"{', '.join(MODELS)} (default: that of --init, else vit_tiny)")
-    heads: int | None = opt(None, "attention heads, if neither the file nor the model's own", 1)
+    model: str | None = opt(None, f"{', '.join([*MODELS, *SWINS])} (default: that of --init, else vit_tiny)")
+    heads: int | None = opt(None, "attention heads of a ViT, if neither the file nor the model's own", 1)
+    window: int | None = opt(None, "tokens on the side of a Swin's window (default: that of --init, else its own)", 2)
     img_size: tuple[int, ...] | None = opt(None, "pixels: one number, or height and width (default: that of --init)", 1)
     patch_size: int | None = opt(None, "pixels on a patch's side (default: that of --init, else the model's own)", 1)
     in_chans: int | None = opt(None, "image channels: 1 grey, 3 colour, 4 colour and alpha (default: of --init, or 3)")
     mean: tuple[float, ...] | None = opt(None, "channel means in 0..1 (default: ImageNet's; 0.5 if not 3 channels)")
     std: tuple[float, ...] | None = opt(None, "channel deviations in 0..1 (default: ImageNet's, or 0.25)")
-    readout: str | None = opt(None, "avg: mean of the patch tokens, then a fresh fc_norm; or cls, after the file's")
+    readout: str | None = opt(None, "avg: mean of a ViT's patch tokens, then a fresh fc_norm; cls: after the file's")
     relative: bool | None = opt(None, "learned relative positions in every block")
     layer_scale: float | None = opt(None, "start of a learned factor per channel on every branch; 0: none", 0)
     key_bias: bool | None = opt(None, "keys have a bias; without it q and v start with none and the file's is left out")
@@ -107,10 +109,13 @@ RECIPES = {
                   min_crop=0.35),
 }
 RECIPE_OF = dict(vit_mini="small", vit_midi="small", vit_tiny="improved", vit_small="improved_small",
-                 vit_base="mae_base", vit_large="mae_large", vit_huge="mae_huge")
+                 vit_base="mae_base", vit_large="mae_large", vit_huge="mae_huge", swin_mini="small",
+                 swin_lite="improved", swin_tiny="improved", swin_small="default", swin_base="default")
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, fraction=0.1, epochs=8, batch_size=64,
             lr=1e-3, min_crop=0.6, eval_every=4, workers=1, log_every=60)
 
+# What a Swin has no place for.
+OF_VIT = {"heads", "readout", "relative", "layer_scale", "key_bias", "distill_teacher"}
 # Sets whose papers report the mean of the classes' accuracies; everywhere else an image is an image.
 PER_CLASS = {"aircraft", "caltech101", "flowers102", "pets"}
 
@@ -121,6 +126,13 @@ PER_CLASS = {"aircraft", "caltech101", "flowers102", "pets"}
 
 def build(cfg, classes):
     """A classifier as a fine-tuning starts it, before any file is read."""
+    if cfg.model in SWINS:
+        shape = SWINS[cfg.model] | {k: getattr(cfg, k) for k in ("img_size", "patch_size", "in_chans", "window",
+                                                                 "drop_path")}
+        with training.in_words():
+            model = Swin(num_classes=classes, **shape)
+        nn.init.trunc_normal_(model.head.weight, std=cfg.head_std)
+        return model
     shape = dict(MODELS[cfg.model], patch_size=cfg.patch_size, heads=cfg.heads)
     with training.in_words():
         model = (TwoHeads if cfg.distill_teacher else ViT)(
@@ -140,25 +152,35 @@ def start_from(model, path, say=print):
     """Copy a file's encoder into a classifier; a head in it is another task's, or a projector, and is left out."""
     file = read(path)
     left_out = [k for k in file.state if k.startswith(("head.", "head_dist.", "dist_norm."))]
-    if not model.config["key_bias"]:                            # as published, though the file has learned it
+    if not model.config.get("key_bias", True):                  # as published, though the file has learned it
         left_out += [k for k in file.state if k.endswith("attn.qkv.bias")]
     if left_out:
         say(f"{path}: left out as the recipe wants: {', '.join(left_out[:3])}" + ", ..." * (len(left_out) > 3))
     load_into(model, file._replace(state={k: v for k, v in file.state.items() if k not in left_out}), say)
 
 
+def layer_of(name, depths):
+    """0 for what comes before the blocks, then the block's number, then one more. A Swin's blocks, `depths` of each
+    stage, count through all stages, and a merging belongs to the block before it."""
+    found = re.match(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)|downsample)", name)
+    if not found:
+        return 0 if name in ("cls_token", "pos_embed") or name.startswith("patch_embed.") else sum(depths) + 1
+    stage = int(found[1] or 0)
+    return sum(depths[:stage]) + (int(found[2]) + 1 if found[2] else depths[stage])
+
+
 def layer_groups(model, weight_decay, layer_decay):
     """Optimizer groups with layer-wise learning rates (BEiT; MAE, appendix A.2): group["lr_scale"] is layer_decay to
-    the power of the layers above. Layer 0 is all before the blocks, block i is i + 1, what follows is depth + 1. No
-    weight decay on 1-D parameters, biases, cls token and positions; tables of relative positions are decayed."""
-    depth, groups = len(model.blocks), {}
+    the power of the layers above. No weight decay on 1-D parameters, biases, cls token and positions; tables of
+    relative positions are decayed."""
+    depths, groups = model.config.get("depths") or (model.config["depth"],), {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        first = name in ("cls_token", "pos_embed") or name.startswith("patch_embed.")
-        layer = 0 if first else int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+        layer = layer_of(name, depths)
         plain = p.dim() <= 1 or name.endswith(".bias") or name in ("cls_token", "pos_embed")
-        group = dict(params=[], weight_decay=0 if plain else weight_decay, lr_scale=layer_decay ** (depth + 1 - layer))
+        group = dict(params=[], weight_decay=0 if plain else weight_decay,
+                     lr_scale=layer_decay ** (sum(depths) + 1 - layer))
         groups.setdefault((layer, plain), group)["params"].append(p)
     return list(groups.values())
 
@@ -307,21 +329,28 @@ def resolve(cfg, given):
     known = dict(DEMO) if cfg.demo else {}
     if cfg.init:
         file = read(cfg.init)
-        found = shape_of(file, cfg.heads)
-        names = [name for name, m in MODELS.items() if (m["dim"], m["depth"]) == (found["dim"], found["depth"])]
+        kinds, found, deep = (SWINS, swin_shape_of(file), "depths") if is_swin(file) else \
+            (MODELS, shape_of(file, cfg.heads), "depth")
+        names = [name for name, m in kinds.items() if (m["dim"], m[deep]) == (found["dim"], found[deep])]
         if not names:
-            training.die(f"{cfg.init} is {found['dim']} wide and {found['depth']} deep, none of {', '.join(MODELS)} is")
-        known |= {k: found[k] for k in ("heads", "patch_size", "in_chans")}
+            training.die(f"{cfg.init} is {found['dim']} wide and {found[deep]} deep, none of {', '.join(kinds)} is")
+        known |= {k: found[k] for k in ("patch_size", "in_chans", "window" if is_swin(file) else "heads")}
         known |= dict(model=names[0], img_size=tuple(found["img_size"]))
         known |= {k: tuple(file.config[k]) for k in ("mean", "std") if file.config.get(k)}
     model = cfg.model or known.get("model", "vit_tiny")
-    if model not in MODELS:
-        training.die(f"--model {model} is not one of {', '.join(MODELS)}")
+    if model not in MODELS | SWINS:
+        training.die(f"--model {model} is not one of {', '.join(MODELS | SWINS)}")
+    swin = model in SWINS
+    shape = dict(window=7, patch_size=4) | SWINS[model] if swin else MODELS[model]
+    if wrong := given & (OF_VIT if swin else {"window"}):
+        training.die(f"--{min(wrong).replace('_', '-')} is an option of {'a ViT' if swin else 'a Swin'}, and the model "
+                     f"is {model}")
     name = cfg.recipe or RECIPE_OF[model]
     if name not in RECIPES:
         training.die(f"--recipe {name} is not one of {', '.join(RECIPES)}")
     cfg = training.fill(cfg, given, {
-        **{k: MODELS[model][k] for k in ("heads", "patch_size")}, "img_size": (224,), "in_chans": 3, "model": model,
+        **{k: shape[k] for k in ("window" if swin else "heads", "patch_size")}, "img_size": (224,), "in_chans": 3,
+        "model": model,
         "out": "out/finetune-demo" if cfg.demo else "out/finetune", "recipe": name, **RECIPES[name], **known})
     if "blr" in given and "lr" not in given:
         cfg = replace(cfg, lr=None)
@@ -376,7 +405,8 @@ def crops_of(cfg, train, size, mean, world, rank, start, steps, device):
 
 def banner(cfg, model, steps, peak, start, world, device):
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    return (f"{cfg.model}: {size:.2f} M parameters, {cfg.heads} heads, images of {cfg.img_size[0]}x{cfg.img_size[1]}; "
+    kind = f"window {cfg.window}" if cfg.model in SWINS else f"{cfg.heads} heads"
+    return (f"{cfg.model}: {size:.2f} M parameters, {kind}, images of {cfg.img_size[0]}x{cfg.img_size[1]}; "
             f"{'from ' + cfg.init if cfg.init else 'from scratch'}; recipe {cfg.recipe}\n"
             f"{cfg.optimizer}, weight decay {cfg.weight_decay:g}, layer decay {cfg.layer_decay:g}, drop path "
             f"{cfg.drop_path:g}; RandAugment {cfg.rand_augment:g}, mixup {cfg.mixup:g}, CutMix {cfg.cutmix:g}, erasing "

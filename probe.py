@@ -34,7 +34,7 @@ from augment import normalize, random_flip, statistics
 from data import CROPS, CenterCrops, DeviceCrops, RandomCrops, keys, load
 from sources import describe, parts, same_classes
 from training import Plumbing, opt
-from vit import pair
+from vit import Block, Swin, pair
 from weights import build_vit, read
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -46,7 +46,10 @@ def features(vit, img, readout="cls", blocks=1):
     oldest first: (B, blocks * D), or twice that for "both".
 
     readout: "cls"; "avg", the mean of the patch tokens; "both", interleaved: cls 0, avg 0, cls 1, avg 1, ... (DINO)
+    A Swin has "avg" alone, and of earlier stages less than D numbers, without the norm (EsViT).
     """
+    if isinstance(vit, Swin):
+        return vit.last_features(img, blocks)
     x, found, depth = vit.embed(img), [], len(vit.blocks)
     for i, block in enumerate(vit.blocks):
         x = block(x)
@@ -295,7 +298,8 @@ class Config(Plumbing):
     k: tuple[int, ...] = opt((10, 20, 100, 200), "neighbours that vote", 1)
     lrs: tuple[float, ...] = opt(tuple(round(10 ** (-4 + i * 5 / 19), 6) for i in range(20)), "rates of the sweep", 0)
     split: str = opt("val", "images whose features are written: train or val")
-    tokens: tuple[str, ...] = opt(("cls", "mean"), "features that are written: cls, mean, patches (large)")
+    tokens: tuple[str, ...] | None = opt(None, "features that are written: cls, mean, patches, which are large "
+                                         "(default: cls and mean, of a Swin mean alone)")
     batch_size: int | None = opt(None, "images per step, over all processes and accumulation (default: the law's)", 1)
     accum: int = opt(1, "passes per step; MAE's BatchNorm takes its statistics of each", 1)
     epochs: float | None = opt(None, "passes over the training set (default: the law's)", 0)
@@ -337,8 +341,8 @@ def resolve(cfg, given):
 
 
 class Encoder:
-    """A frozen ViT from a file, and how it is read: normalised images -> features (B, width). Not a module, so that no
-    checkpoint stores it: only which file it was."""
+    """A frozen ViT or Swin from a file, and how it is read: normalised images -> features (B, width). Not a module, so
+    that no checkpoint stores it: only which file it was."""
 
     def __init__(self, cfg, device, say):
         file, size = read(cfg.init), dict(img_size=pair(cfg.img_size)) if cfg.img_size else {}
@@ -349,13 +353,18 @@ class Encoder:
             mean, std = statistics(shape["in_chans"], *(getattr(cfg, k) or file.config.get(k) for k in ("mean", "std")))
         if shape["in_chans"] not in (1, 3, 4):
             training.die(f"{cfg.init} sees {shape['in_chans']} channels: images have 1, 3 or 4")
-        wide, depth = cfg.protocol == "dino" and shape["dim"] >= 768, shape["depth"]
+        swin, depth = isinstance(self.vit, Swin), self.vit.depth
+        wide = cfg.protocol == "dino" and not swin and self.vit.width >= 768                    # DINO's ViT-B
         self.readout = cfg.readout or ("both" if wide else self.vit.readout)
+        if swin and self.readout != "avg":
+            training.die(f"--readout {self.readout}: {cfg.init} is a Swin, which has no cls token: avg is all there is")
         self.blocks = cfg.blocks or (min(4, depth) if cfg.protocol == "dino" and not wide else 1)
         if self.blocks > depth:
             training.die(f"--blocks {self.blocks}: {cfg.init} has {depth}")
         self.path, self.device, self.dtype = cfg.init, device, cfg.dtype
-        self.width = shape["dim"] * self.blocks * (1 + (self.readout == "both"))
+        with torch.inference_mode():
+            self.width = features(self.vit, torch.zeros(1, shape["in_chans"], *pair(shape["img_size"]), device=device),
+                                  self.readout, self.blocks).shape[1]
         # How images are shown to it: what `encoded` and `extract` ask for.
         self.sight = dict(size=pair(shape["img_size"]), channels=shape["in_chans"], mean=mean, std=std, device=device,
                           workers=cfg.workers, max_unreadable=cfg.max_unreadable)
@@ -430,7 +439,7 @@ def train_head(cfg, encoder, train, val, rank, world, say):
     optimizer = LARS(model.parameters(), peak, trust=0.001 if cfg.protocol == "mae" else None)
     scaler = torch.amp.GradScaler(device.type, enabled=False)   # the head is fp32 whatever the encoder is
     run = training.Run(cfg, "probe", rank, world, len(train), encoder=encoder, model=model, optimizer=optimizer)
-    training.compile_if(cfg, device, *encoder.vit.blocks)
+    training.compile_if(cfg, device, *(m for m in encoder.vit.modules() if isinstance(m, Block)))
     # In the official code every process has a BatchNorm of its own, and the buffers follow the first one: as DDP does.
     net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
     log = training.Log(cfg, rank, device, run.step, steps, images=len(train), world=world, sha256=encoder.sha256)
@@ -507,14 +516,17 @@ def on_kept(cfg, encoder, train, val, rank, world, say):
 def export(cfg, encoder, source, rank, world):
     """Write OUT/cls.npy and mean.npy (n, D), patches.npy (n, N, D), labels.npy (n,) and names.txt in the order of the
     source, as they come: nothing is kept in memory. Each process writes its rows."""
-    vit, n = encoder.vit, len(source)
-    dim, patches = vit.config["dim"], vit.grid[0] * vit.grid[1]
+    vit, n, swin = encoder.vit, len(source), isinstance(encoder.vit, Swin)
+    chosen = cfg.tokens or (("mean",) if swin else ("cls", "mean"))
+    if swin and "cls" in chosen:
+        training.die(f"--tokens cls: {cfg.init} is a Swin, which has none; mean and patches, its regions, are there")
+    dim, patches = vit.width, vit.grid[0] * vit.grid[1]
     sizes = dict(cls=(n, dim), mean=(n, dim), patches=(n, patches, dim))
-    kinds = {name: (np.float32, sizes[name]) for name in cfg.tokens} | dict(labels=(np.int64, (n,)))
+    kinds = {name: (np.float32, sizes[name]) for name in chosen} | dict(labels=(np.int64, (n,)))
     need, free = (x / 2 ** 30 for x in (sum(4 * math.prod(size) for _, size in kinds.values()),
                                         shutil.disk_usage(cfg.out).free))
     if need > free:                                             # a mapped file that meets a full disk kills the process
-        training.die(f"--tokens {' '.join(cfg.tokens)} take {need:,.1f} GB, and {cfg.out} has {free:,.1f} GB of room")
+        training.die(f"--tokens {' '.join(chosen)} take {need:,.1f} GB, and {cfg.out} has {free:,.1f} GB of room")
     paths = {name: os.path.join(cfg.out, f"{name}.npy") for name in kinds}
     if rank == 0:
         for name, kind in kinds.items():
@@ -525,6 +537,8 @@ def export(cfg, encoder, source, rank, world):
     def tokens(img):
         with training.autocast(encoder.device, cfg.dtype):
             x = vit.encode(img)
+        if swin:
+            return dict(mean=x.mean(1), patches=x)
         return dict(cls=x[:, 0], mean=vit.fc_norm(x[:, 1:].mean(1)), patches=x[:, 1:])
 
     for where, found, labels in encoded(tokens, source, range(n), **encoder.sight):

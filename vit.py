@@ -269,6 +269,7 @@ class ViT(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}     # encoder.pt has it
         self.config["img_size"] = pair(img_size)
         self.patch_size, self.resize_offset, self.readout = patch_size, resize_offset, readout
+        self.width, self.depth = dim, depth
         self.grid = self.grid_of(*pair(img_size))                                               # (h, w)
         h, w = self.grid
 
@@ -500,7 +501,7 @@ class Swin(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}     # encoder.pt has it
         self.config["img_size"] = pair(img_size)
-        self.patch_size, self.stages, self.depth = patch_size, len(depths), sum(depths)
+        self.patch_size, self.stages, self.depth, self.readout = patch_size, len(depths), sum(depths), "avg"
         if len(heads) != self.stages:
             raise ValueError(f"{self.stages} stages need as many numbers of heads, not {len(heads)}")
         *maps, self.grid = self.maps(*pair(img_size))
@@ -516,7 +517,7 @@ class Swin(nn.Module):
             merging = {"downsample": PatchMerging(dim * 2 ** s, eps)} if s < self.stages - 1 else {}
             self.layers.append(nn.ModuleDict(dict(blocks=nn.ModuleList(blocks), **merging)))
         dim *= 2 ** (self.stages - 1)
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.width, self.norm = dim, nn.LayerNorm(dim, eps=eps)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.apply(ViT.init_weights)
 

@@ -239,22 +239,28 @@ def build_vit(path, heads=None, say=print, **options):
 
 def whole(weights, heads=None, flag="--heads", **options):
     """What a file holds, with its head if it has one, as a network in eval mode, and the names of the tensors that are
-    no part of it. options of ViT win. Ends in a sentence when a tensor is missing, or the blocks hold some that mean
-    nothing here."""
-    state, config, shape = weights.state, weights.config, shape_of(weights, heads, flag)
+    no part of it. options of ViT or Swin win. Ends in a sentence when a tensor is missing, or the blocks hold some that
+    mean nothing here."""
+    state, config, kind = weights.state, weights.config, TwoHeads if "head_dist.weight" in weights.state else ViT
+    if is_swin(weights):
+        shape, kind = swin_shape_of(weights), Swin
+        width = shape["dim"] * 2 ** (len(shape["depths"]) - 1)
+    else:
+        shape = shape_of(weights, heads, flag)
+        shape.update(readout="avg" if "fc_norm.weight" in state else "cls", positions="learned",
+                     **{k: config[k] for k in ("eps", "resize_offset") if k in config})
+        width = shape["dim"]
     # A head of another width reads more than this network's feature: several blocks, or what a projector projects.
     head = state.get("head.weight") if "head.bias" in state else None
-    shape.update(num_classes=len(head) if head is not None and head.shape[1:] == (shape["dim"],) else 0,
-                 readout="avg" if "fc_norm.weight" in state else "cls", positions="learned",
-                 **{k: config[k] for k in ("eps", "resize_offset") if k in config}, **options)
+    fits = head is not None and head.shape[1:] == (width,)
     try:
-        model = (TwoHeads if "head_dist.weight" in state else ViT)(**shape)
+        model = kind(**{**shape, "num_classes": len(head) if fits else 0, **options})
     except ValueError as error:
         refuse(weights.path, f"makes no network: {error}")
     missing = load_into(model, weights, lambda text: None)
     ours = model.state_dict()
     left = [k for k in state if k not in ours]
-    odd = [k for k in left if k.startswith(("blocks.", "patch_embed."))]
+    odd = [k for k in left if k.startswith(("blocks.", "layers.", "patch_embed.")) and not k.endswith("attn_mask")]
     if missing or odd:
         refuse(weights.path, f"lacks {missing[0]}" if missing else f"holds {odd[0]}, which no network here has")
     return model.eval(), left

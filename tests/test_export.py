@@ -10,7 +10,7 @@ from torch import nn
 import export
 import weights
 from mae import MAE
-from vit import TwoHeads, ViT
+from vit import Swin, TwoHeads, ViT
 from weights import build_vit, read, whole
 
 
@@ -58,6 +58,27 @@ def test_timm_computes_the_same(tmp_path, capsys, shape):
     # what the exported heads are worth: with three, the same tensors load strictly and mean something else
     wrong = timm.create_model(f"local-dir:{out}", pretrained=True, num_heads=3).eval()
     assert (wrong(img) - ours).abs().max() > 1e-2 * ours.abs().max()
+
+
+def swin(**options):
+    torch.manual_seed(0)
+    model = Swin(**{**dict(img_size=32, patch_size=2, dim=16, depths=(2, 2), heads=(2, 4), window=4, eps=1e-5),
+                    **options}).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("options", [dict(num_classes=5), dict(depths=(1, 2, 1), heads=(1, 2, 4), img_size=(32, 48))])
+def test_timm_takes_a_swin(tmp_path, capsys, options):
+    timm = pytest.importorskip("timm")
+    model = swin(**options)
+    theirs = timm.create_model(f"local-dir:{export.export(saved(tmp_path / 'e.pt', model), 'timm')}", pretrained=True)
+    img = torch.randn(2, 3, *model.config["img_size"])
+    torch.testing.assert_close(theirs.eval()(img), model(img), rtol=1e-5, atol=1e-5)
+    assert "width 32, 4 layers" in capsys.readouterr().out or len(options["depths"]) == 3
+    path = export.export(str(tmp_path / "e.pt"), "safetensors")
+    assert torch.equal(whole(read(path))[0](img), model(img))
 
 
 def test_timm_feeds_it_as_we_do_and_goes_on_from_it(tmp_path):
@@ -182,22 +203,25 @@ def test_what_timm_has_no_place_for(tmp_path):
     assert torch.equal(whole(read(export.export(path, "safetensors")))[0](img), model(img))
     with pytest.raises(SystemExit, match="has an eps of 1e-05, for which"):
         export.export(saved(tmp_path / "eps.pt", vit(eps=1e-5)), "timm")
+    with pytest.raises(SystemExit, match="has an eps of 1e-06, for which"):                     # EsViT's Swin
+        export.export(saved(tmp_path / "swin.pt", swin(eps=1e-6)), "timm")
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")                          # torch 2.11 warns of itself
-@pytest.mark.parametrize("network, options", [(ViT, {}), (TwoHeads, RELATIVE)], ids=["plain", "all at once"])
+@pytest.mark.parametrize("network, options", [(ViT, {}), (TwoHeads, RELATIVE), (Swin, {})],
+                         ids=["plain", "all at once", "swin"])
 def test_onnx_computes_the_same(tmp_path, network, options):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
-    model = special(network, depth=1, **options)
+    model = special(network, depth=1, **options) if network is not Swin else swin(num_classes=4, img_size=(32, 48))
     out = export.export(saved(tmp_path / "e.pt", model, mean=(0.1, 0.2, 0.3)), "onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.onnx", "e.pt"]
     file = onnx.load(out)
-    assert {p.key: p.value for p in file.metadata_props}["heads"] == "12"
+    assert {p.key: p.value for p in file.metadata_props}["heads"] == str(model.config["heads"])
     assert file.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     for images in (1, 5):
-        img = torch.randn(images, 3, 16, 24)
+        img = torch.randn(images, 3, *model.config["img_size"])
         found, = ReferenceEvaluator(file).run(["logits"], {"image": img.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model(img), rtol=1e-5, atol=1e-5)
 

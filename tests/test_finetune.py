@@ -16,7 +16,7 @@ import training
 from augment import soft_targets
 from finetune import classifier, evaluate, layer_groups, objective, start_from
 from sources import find
-from vit import MODELS, TwoHeads, ViT, relative_index, resize_relative
+from vit import MODELS, SWINS, Swin, TwoHeads, ViT, relative_index, resize_relative
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--model vit_mini --img-size 16 --patch-size 4 --batch-size 8 --workers 0 --log-every 1 --save-every 3 "
@@ -314,6 +314,47 @@ def test_a_file_tells_the_shape(tmp_path):
     assert (cfg.model, cfg.heads, cfg.patch_size, cfg.in_chans, cfg.img_size) == ("vit_midi", 8, 8, 1, (24, 24))
     assert config("--init", path, "--img-size", 32).img_size == (32, 32)
     assert config("--demo", "--init", path).patch_size == 8
+
+
+def test_layers_of_a_swin():
+    """Blocks count through the stages; a merging learns at the rate of the block before it."""
+    model = finetune.build(config("--model", "swin_mini", "--img-size", 32), 7)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {names[p]: round(math.log(group["lr_scale"], 0.5)) for group in layer_groups(model, 0.05, 0.5)
+             for p in group["params"]}
+    assert found.keys() == set(names.values()) and set(found.values()) == set(range(8))
+    order = [name for name in found if name.endswith(("norm1.weight", "downsample.norm.weight"))]
+    assert sorted((7 - found[name], name) for name in order) == [
+        (1, "layers.0.blocks.0.norm1.weight"), (2, "layers.0.blocks.1.norm1.weight"),
+        (2, "layers.0.downsample.norm.weight"), (3, "layers.1.blocks.0.norm1.weight"),
+        (4, "layers.1.blocks.1.norm1.weight"), (4, "layers.1.downsample.norm.weight"),
+        (5, "layers.2.blocks.0.norm1.weight"), (6, "layers.2.blocks.1.norm1.weight")]
+    assert found["patch_embed.norm.weight"] == 7 and found["norm.weight"] == found["head.bias"] == 0
+    assert sum(p.numel() for p in finetune.build(config("--model", "swin_tiny"), 1000).parameters()) == 28_288_354
+    assert config("--model", "swin_lite").recipe == "improved" and config("--model", "swin_lite").window == 7
+
+
+def test_a_swin_is_fine_tuned(classes, tmp_path, monkeypatch, capsys):
+    """From EsViT's encoder, whose tensors all arrive; judged anew from its file; refused where it has no place."""
+    monkeypatch.setitem(SWINS, "swin_mini", dict(dim=8, depths=(1, 2), heads=(1, 2), window=2))
+    swin, path = Swin(16, 4, **SWINS["swin_mini"]), tmp_path / "encoder.pt"
+    torch.save(dict(method="esvit", config=dict(swin.config, mean=(0.4,) * 3, std=(0.3,) * 3),
+                    model=swin.state_dict()), path)
+    args = [arg for arg in TINY if arg not in ("--model", "vit_mini")]
+    cfg = config("--init", path, *args)
+    assert (cfg.model, cfg.window, cfg.img_size, cfg.mean) == ("swin_mini", 2, (16, 16), (0.4,) * 3)
+    model = finetune.build(cfg, 2)
+    start_from(model, str(path), str)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in swin.state_dict().items())
+    finetune.main(["--init", str(path), "--data", str(classes), *args, "--epochs", "1", "--out", str(tmp_path / "a")])
+    assert "missing, so fresh: head.weight, head.bias; not expected: none" in capsys.readouterr().out
+    told = rows(tmp_path / "a")[-1]
+    finetune.main(["--eval", str(tmp_path / "a/encoder.pt"), "--data", str(classes), "--workers", "0"])
+    assert f"top-1 {told['test_acc1']:.3f}%" in capsys.readouterr().out
+    assert "--heads is an option of a ViT, and the model is swin_mini" in refused("--init", path, "--heads", 2)
+    assert "--readout is an option of a ViT" in refused("--model", "swin_tiny", "--readout", "cls")
+    assert "--distill-teacher is an option of a ViT" in refused("--model", "swin_tiny", "--distill-teacher", path)
+    assert "--window is an option of a Swin, and the model is vit_tiny" in refused("--window", 7)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from probe import (
     votes,
 )
 from sources import find
-from vit import ViT
+from vit import Swin, ViT
 from weights import build_vit
 
 CPU, HALF, QUARTER = torch.device("cpu"), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -228,6 +228,23 @@ def test_what_is_read_of_the_last_blocks():
     torch.testing.assert_close(features(averaged, img, "avg"), averaged.features(img))
 
 
+def tiny_swin():
+    torch.manual_seed(0)
+    return Swin(16, 2, dim=8, depths=(1, 2), heads=(1, 2), window=4).eval()
+
+
+def test_what_is_read_of_a_swin():
+    """Means of the last blocks' tokens: those of the last stage through the norm, earlier ones as they are."""
+    swin, img, outputs = tiny_swin(), torch.randn(2, 3, 16, 16), []
+    for layer in swin.layers:
+        for block in layer.blocks:
+            block.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
+    found = features(swin, img, "avg", 3)
+    want = [outputs[0].mean(1), *(swin.norm(x).mean(1) for x in outputs[1:])]
+    torch.testing.assert_close(found, torch.cat(want, 1))
+    torch.testing.assert_close(features(swin, img, "avg"), swin.features(img))
+
+
 def test_features_come_in_the_order_asked_for(classes):
     source = find(str(classes))
     indices = [31, 2, 17, 5, 39]
@@ -404,6 +421,25 @@ def test_files_of_features(classes, encoder, tmp_path, capsys):
         assert np.array_equal(np.load(tmp_path / f"{name}.npy"), expected.numpy()), name
     assert (tmp_path / "names.txt").read_text().splitlines() == [source.relative(i) for i in range(40)]
     assert "cls.npy (40, 24)" in capsys.readouterr().out and not list(tmp_path.glob("*.part"))
+
+
+def test_a_swin_is_probed(classes, tmp_path, capsys):
+    swin, path = tiny_swin(), tmp_path / "encoder.pt"
+    torch.save(dict(method="esvit", config=dict(swin.config, mean=HALF, std=QUARTER), model=swin.state_dict()), path)
+    found = run(tmp_path / "knn", "knn", "--init", path, "--data", classes, "--k", 5)
+    sets = [t for part, count in (("train", 40), ("val", 8))
+            for t in extract(swin.features, find(str(classes), part), range(count), (16, 16), 3, HALF, QUARTER, CPU)]
+    assert found[1]["test_acc1"] == knn(*sets, k=5)
+    assert "avg token of the last 1 blocks, 16 numbers" in capsys.readouterr().out
+    run(tmp_path / "dino", "dino", "--init", path, "--data", classes, "--epochs", 1, "--batch-size", 8)
+    assert "avg token of the last 3 blocks, 40 numbers" in capsys.readouterr().out
+    run(tmp_path / "files", "features", "--init", path, "--data", classes, "--tokens", "mean", "patches")
+    assert np.load(tmp_path / "files/patches.npy").shape == (8, 16, 16)
+    assert np.array_equal(np.load(tmp_path / "files/mean.npy"), sets[2].numpy())
+    for args, words in ((["knn", "--readout", "cls"], "is a Swin, which has no cls token"),
+                        (["features", "--tokens", "cls"], "is a Swin, which has none")):
+        with pytest.raises(SystemExit, match=words):
+            run(tmp_path / "no", *args, "--init", path, "--data", classes)
 
 
 def test_unreadable_images_are_named(tmp_path, encoder, capsys):
