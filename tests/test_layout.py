@@ -65,6 +65,7 @@ def test_readme_tells_the_truth():
 def test_runbooks_parse():
     """The commands of runs/*.sh name options that exist."""
     import distill
+    import esvit
     import finetune
     import mae
     import moco_v3
@@ -76,7 +77,7 @@ def test_runbooks_parse():
         for name, value in re.findall(r'^(\w+)=("[^"]*"|\S+)$', text, re.M):
             text = text.replace(f"${name}", " ".join(value.strip('"').split()))
         for line in text.replace("\\\n", " ").splitlines():
-            for method in (mae, distill, finetune, moco_v3):
+            for method in (mae, distill, finetune, moco_v3, esvit):
                 name = f" {method.__name__}.py "
                 if name in line and not line.startswith("#"):
                     words = re.sub("--init \\S+" if method is finetune else "$^", "", line.split(name)[1])
