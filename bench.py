@@ -9,6 +9,7 @@ python bench.py esvit esvit-loss     EsViT's step, 2 x 224 + 8 x 96 pixels; its 
 python bench.py views                MoCo v3's two views of a batch of crops against Pillow and torchvision
 python bench.py input --data TAR     files to normalised float batches, alone: from the files as they are, and packed
 python bench.py knn sweep            k-NN for four k at once; 20 linear heads at once
+python bench.py cka                  CKA of all layers of two ViT-Tiny, 128 images at a time
 python bench.py index                a tar of 1,281,000 entries: gone through once, then opened from its index
 python bench.py both --data TAR      step and input together: how much of a step waits for images
 python bench.py augment --data SET   fine-tuning's input against timm's: RandAugment, erasing; one process, one core
@@ -37,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import training
+from analyze import CKA, gram, layers_of
 from augment import IMAGENET_MEAN, IMAGENET_STD, erase, normalize, random_flip
 from distill import Lesson, Teacher
 from esvit import EsViT, Network, Seen, clipped_step
@@ -49,6 +51,7 @@ from vit import MODELS, SWINS, Swin, ViT
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
 from textbook import (  # noqa: E402
+    TextbookCKA,
     TextbookDistilled,
     TextbookEsViT,
     TextbookImages,
@@ -171,18 +174,25 @@ def matmul_peak(device, dtype):
     return best
 
 
+def chosen_step(kind, a, batch, device, dtype, compiled):
+    if a.cka:
+        return cka_step(kind, a.model, batch, device)
+    if a.esvit:
+        return esvit_step(kind, *a.esvit, batch, device, dtype, compiled)
+    return make_step(kind, a.model, batch, device, dtype, compiled, a.teacher, a.moco)
+
+
 def memory(kind, a, dtype, compiled, batch):
     """Peak memory of training steps in MB: on a GPU all of it; on a CPU what they add, in a process of their own."""
     if a.device.type == "cuda":
         before = torch.cuda.memory_allocated()
-        step = esvit_step(kind, *a.esvit, batch, a.device, dtype, compiled) if a.esvit else make_step(
-            kind, a.model, batch, a.device, dtype, compiled, a.teacher, a.moco)
+        step = chosen_step(kind, a, batch, a.device, dtype, compiled)
         torch.cuda.reset_peak_memory_stats()
         step(), step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     args = ["--memory", kind, dtype, "compiled" if compiled else "eager", "--threads", str(a.threads),
             "--model", a.model, "--batch", str(batch), *(["--teacher", a.teacher] if a.teacher else []),
-            *["--moco"] * a.moco, *(["--esvit", *map(str, a.esvit)] if a.esvit else [])]
+            *["--moco"] * a.moco, *["--cka"] * a.cka, *(["--esvit", *map(str, a.esvit)] if a.esvit else [])]
     # glibc is told to give freed memory back at once: what it would keep depends on luck, not on the step.
     at_once = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
     done = subprocess.run([sys.executable, __file__, *args], env=os.environ | at_once, capture_output=True, text=True)
@@ -201,8 +211,7 @@ def measure_memory(a):
     torch.set_num_threads(a.threads)
     kind, dtype, compiled = a.memory
     cpu, compiled = torch.device("cpu"), compiled == "compiled"
-    step = esvit_step(kind, *a.esvit, a.batch[0], cpu, dtype, compiled) if a.esvit else make_step(
-        kind, a.model, a.batch[0], cpu, dtype, compiled, a.teacher, a.moco)
+    step = chosen_step(kind, a, a.batch[0], cpu, dtype, compiled)
     with open("/proc/self/clear_refs", "w") as f:               # forget the peak of building and reading
         f.write("5")
     before = resident("VmRSS")
@@ -527,6 +536,44 @@ def sweep_rows(a, count=10_000, dim=192, classes=10, epochs=20):
     return [r]
 
 
+def cka_step(kind, model, batch, device, features=None):
+    """CKA of two networks' layers on one batch, as a function; of given features, without the networks, the same."""
+    torch.manual_seed(0)
+    nets = [ViT(**MODELS[model]).eval().requires_grad_(False).to(device) for _ in range(2)]
+    img = torch.randn(batch, 3, 7, 7, device=device).repeat_interleave(32, 2).repeat_interleave(32, 3)
+    if kind == "textbook":
+        textbook = TextbookCKA(*nets)
+        return lambda: textbook.compare(*features or textbook.look(img))
+
+    def step():
+        found = CKA()
+        found.add(*(torch.stack([gram(x) for x in layers]).cpu() for layers in features or [
+            (layer.tokens for layer in layers_of(net, img)) for net in nets]))
+        return found.value()
+    return step
+
+
+def cka_rows(a, batch=128):
+    """The whole and its Gram part, on the same features, with the peak memory of the whole; 1,152 images are 9 such
+    batches."""
+    a.cka, rows, kinds = True, [], ("textbook", "ours")
+    depth, dim, patch = (MODELS[a.model][k] for k in ("depth", "dim", "patch_size"))
+    features = [[torch.randn(batch, (224 // patch) ** 2, dim, device=a.device) for _ in range(depth + 1)] for _ in "ab"]
+    for part, given, pairs in (("Gram part", features, a.pairs), ("whole", None, a.pairs // 3)):
+        spent, found = in_turns(a, pairs, **{kind: cka_step(kind, a.model, batch, a.device, given) for kind in kinds})
+        torch.testing.assert_close(*(x.cpu().double() for x in found.values()), rtol=0, atol=0.02)  # its sums are fp32
+        ratios = sorted(round(t / o, 2) for t, o in zip(spent["textbook"], spent["ours"]))
+        rows.append(dict(part=part, batch=batch, ratios=ratios, ratio=statistics.median(ratios),
+                         seconds={kind: round(statistics.median(s), 3) for kind, s in spent.items()}))
+        print(f"CKA, {part}: {rows[-1]['seconds']} seconds, **{rows[-1]['ratio']:.2f}** ({ratios[0]:.2f}-"
+              f"{ratios[-1]:.2f})", flush=True)
+        given = features = None
+    rows[-1]["memory_mb"] = {kind: round(memory(kind, a, "fp32", False, batch)) for kind in kinds}
+    print(f"peak memory in MB: {rows[-1]['memory_mb']}; 1,152 images take {9 * rows[-1]['seconds']['ours']:.0f} s")
+    a.cka = False
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # EsViT
 
@@ -658,8 +705,8 @@ def keep(facts, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="step, distill, moco, esvit, esvit-loss, views, knn, sweep, index, "
-                                                "input, both, augment [the first 8; with --data also the last 3]")
+    parser.add_argument("what", nargs="*", help="step, distill, moco, esvit, esvit-loss, views, knn, sweep, cka, "
+                                                "index, input, both, augment [the first 9; with --data the last 3 too]")
     parser.add_argument("--data", help="images for input and both, some thousand at most")
     parser.add_argument("--workers", type=int, nargs="+", help="decoding processes [1 2; 16 on a GPU machine]")
     parser.add_argument("--model", default="vit_tiny", choices=[m for m in MODELS if MODELS[m]["patch_size"] > 4])
@@ -671,6 +718,7 @@ def main():
     parser.add_argument("--teacher", help=argparse.SUPPRESS)
     parser.add_argument("--moco", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--esvit", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--cka", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.memory:
         return measure_memory(a)
@@ -679,7 +727,7 @@ def main():
     gpu = a.device.type == "cuda"
     a.batch = a.batch or ([256, 1024] if gpu else [16, 64, 256])
     a.workers = a.workers or ([16] if gpu else [1, 2])
-    a.what = a.what or ("step distill moco esvit esvit-loss views knn sweep".split() +
+    a.what = a.what or ("step distill moco esvit esvit-loss views knn sweep cka".split() +
                         ["input", "both", "augment"] * bool(a.data))
     names = ("fp32", "bf16", "fp16") if gpu else ("fp32", "bf16")
     a.peak = {name: matmul_peak(a.device, training.DTYPES[name]) for name in names}
@@ -707,7 +755,8 @@ def main():
         rows["esvit-loss"] = esvit_rows(a, "loss", [(batch, K) for K in (4096, 16384, 65536)])
     if "views" in a.what:
         rows["views"] = views_rows(a)
-    rows |= {name: measure(a) for name, measure in (("knn", knn_rows), ("sweep", sweep_rows)) if name in a.what}
+    rows |= {name: measure(a) for name, measure in (("knn", knn_rows), ("sweep", sweep_rows), ("cka", cka_rows))
+             if name in a.what}
     if "index" in a.what:
         with tempfile.TemporaryDirectory() as folder:
             rows["index"] = index_rows(folder)

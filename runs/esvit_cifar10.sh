@@ -6,6 +6,5 @@ same="--data ${DATA:-cifar10} --fraction 0.2 --model swin_mini --img-size 32 --p
       --local-size 16 --local-scale 0.15 0.5 --batch-size 64 --prototypes 512 --head-hidden 512 --bottleneck 128
       --epochs ${EPOCHS:-5} --blr 4e-3 --momentum 0.98 --teacher-temp 0.04 --freeze-last-layer 0 --workers 1
       --log-every 39 --probe-every 1 --seed ${SEED:-0}"
-for weight in 0 0.5; do
-  python esvit.py $same --region-weight $weight --out out/esvit_cifar10/regions-$weight
-done
+python esvit.py $same --region-weight 0 --out out/esvit_cifar10/views
+python esvit.py $same --region-weight 0.5 --out out/esvit_cifar10/regions

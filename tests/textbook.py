@@ -157,6 +157,40 @@ class TextbookViews:
         return torch.stack([self.first(one) for one, _ in crops] + [self.second(two) for _, two in crops])
 
 
+class TextbookCKA:
+    """Minibatch CKA as it is usually written: hooks keep the features of every layer of both networks, then the layers
+    are compared two by two, each time from the features."""
+
+    def __init__(self, *nets):
+        self.nets, self.kept = nets, [[] for _ in nets]
+        for net, kept in zip(nets, self.kept):
+            for module in (*(block.norm1 for block in net.blocks), net.norm):
+                module.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[:, 1:]))
+
+    def look(self, img):
+        for net, kept in zip(self.nets, self.kept):
+            kept.clear()
+            net(img)
+        return self.kept
+
+    @staticmethod
+    def hsic(K, L):
+        n, ones = len(K), K.new_ones(len(K), 1)
+        corner = (ones.T @ K @ ones) * (ones.T @ L @ ones) / ((n - 1) * (n - 2))
+        return (torch.trace(K @ L) + corner - 2 / (n - 2) * ones.T @ K @ L @ ones).squeeze() / (n * (n - 3))
+
+    def compare(self, first, second):
+        """Features (n, N, D) of every layer of both -> CKA of one batch, (layers of one, layers of the other)."""
+        found = torch.zeros(len(first), len(second))
+        for i, x in enumerate(first):
+            K = (x.flatten(1) @ x.flatten(1).T).fill_diagonal_(0)
+            own = self.hsic(K, K)
+            for j, y in enumerate(second):
+                L = (y.flatten(1) @ y.flatten(1).T).fill_diagonal_(0)
+                found[i, j] = self.hsic(K, L) / (own * self.hsic(L, L)).sqrt()
+        return found
+
+
 class TextbookImages(torch.utils.data.Dataset):
     """The input path as it is usually written: Pillow, torchvision's transforms, one float tensor per image."""
 
