@@ -14,7 +14,6 @@ Expected:   not run yet at full size; small sets are in the README
 import hashlib
 import math
 import os
-import re
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +31,7 @@ from data import CROPS, CenterCrops, keys, load, stream
 from randaugment import AugmentedCrops
 from sources import describe, find, parts, same_classes
 from training import Plumbing, opt
-from vit import MODELS, SWINS, Swin, TwoHeads, ViT, pair
+from vit import MODELS, SWINS, Swin, TwoHeads, ViT, layer_of, pair
 from weights import is_swin, load_into, read, shape_of, summary, swin_shape_of, whole
 
 
@@ -159,28 +158,18 @@ def start_from(model, path, say=print):
     load_into(model, file._replace(state={k: v for k, v in file.state.items() if k not in left_out}), say)
 
 
-def layer_of(name, depths):
-    """0 for what comes before the blocks, then the block's number, then one more. A Swin's blocks, `depths` of each
-    stage, count through all stages, and a merging belongs to the block before it."""
-    found = re.match(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)|downsample)", name)
-    if not found:
-        return 0 if name in ("cls_token", "pos_embed") or name.startswith("patch_embed.") else sum(depths) + 1
-    stage = int(found[1] or 0)
-    return sum(depths[:stage]) + (int(found[2]) + 1 if found[2] else depths[stage])
-
-
 def layer_groups(model, weight_decay, layer_decay):
     """Optimizer groups with layer-wise learning rates (BEiT; MAE, appendix A.2): group["lr_scale"] is layer_decay to
     the power of the layers above. No weight decay on 1-D parameters, biases, cls token and positions; tables of
     relative positions are decayed."""
-    depths, groups = model.config.get("depths") or (model.config["depth"],), {}
+    groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        layer = layer_of(name, depths)
+        layer = layer_of(model, name)
         plain = p.dim() <= 1 or name.endswith(".bias") or name in ("cls_token", "pos_embed")
-        group = dict(params=[], weight_decay=0 if plain else weight_decay,
-                     lr_scale=layer_decay ** (sum(depths) + 1 - layer))
+        scale = layer_decay ** (model.depth + 1 - layer)
+        group = dict(params=[], weight_decay=0 if plain else weight_decay, lr_scale=scale)
         groups.setdefault((layer, plain), group)["params"].append(p)
     return list(groups.values())
 

@@ -7,6 +7,7 @@ published ones (timm, DeiT, MAE), so official weights load as they are; weights.
 
 Letters at the ends of lines: B images, C channels, N tokens, D width, H heads, p patch side, h x w the patch grid.
 """
+import re
 from functools import cache, partial
 
 import torch
@@ -563,3 +564,14 @@ class Swin(nn.Module):
 
     def forward(self, img):
         return self.head(self.features(img))
+
+
+def layer_of(model, name):
+    """Where a parameter of a ViT or Swin lies: 0 before the blocks, then the block's number, then one more. A Swin's
+    blocks count through its stages, and a merging belongs to the block before it."""
+    depths = model.config.get("depths") or (model.depth,)
+    found = re.match(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)|downsample)", name)
+    if not found:
+        return 0 if name in ("cls_token", "pos_embed") or name.startswith("patch_embed.") else model.depth + 1
+    stage = int(found[1] or 0)
+    return sum(depths[:stage]) + (int(found[2]) + 1 if found[2] else depths[stage])
