@@ -91,11 +91,9 @@ RECIPES = {
     "vit_small": dict(DINO, heads=6), "vit_base": DINO,
 }
 W14 = dict(region_from=200)                                     # all of --window 14
-# Grey, because the colours of shapes tell images apart, but nothing of what is drawn.
-DEMO = dict(data="shapes", fraction=0.4, model="swin_mini", img_size=(40,), in_chans=1, local_crops=(4,),
-            local_size=("20",), local_scale=(0.15, 0.5), batch_size=64, prototypes=512, head_hidden=512, bottleneck=128,
-            epochs=4, blr=4e-3, momentum=0.98, teacher_temp=0.04, freeze_last_layer=0, workers=1, log_every=62,
-            save_every=248)
+DEMO = dict(data="shapes", fraction=0.3, model="swin_mini", img_size=(40,), local_crops=(4,), local_size=("20",),
+            local_scale=(0.15, 0.5), batch_size=64, prototypes=512, head_hidden=512, bottleneck=128, epochs=3, blr=4e-3,
+            momentum=0.99, teacher_temp=0.04, workers=1, log_every=46, save_every=138)
 
 
 # ----------------------------------------------------------------------------------------------------------------

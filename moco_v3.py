@@ -320,7 +320,7 @@ def banner(cfg, model, steps, peak, start, world, device):
             f"x {share} images, 2 views of each, the backbone in {cfg.accum} parts; {cfg.dtype} on {device}\n"
             f"{cfg.epochs:g} epochs of {steps.per_epoch} steps, {start} of {steps.total} done, {steps.warmup} of them "
             f"warm-up, peak learning rate {peak:.3g}" +
-            "\nexpected of the demo: loss 2.9 (chance 3.9), k-NN from 19 to 26%, linear from 27 to 37%" *
+            "\nexpected of the demo: loss 2.6 (chance 3.9), k-NN from 19 to 25%, linear from 27 to 38%" *
             (cfg.demo and all(getattr(cfg, k) == v for k, v in DEMO.items())))
 
 

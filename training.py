@@ -140,32 +140,28 @@ def setup(device="auto"):
 
 
 def launch(main):
-    """Run a script's main. One of several processes leaves at once, without the interpreter's goodbyes. If it failed,
-    the others sit in a collective and would be waited for, until torchrun sees this one gone and ends them. If it is
-    done, a thread of Gloo's may still ask for the interpreter that is being taken down, and abort a finished run (seen
-    now and then with torch 2.15 on busy cores)."""
+    """Run a script's main, and leave at once, without the interpreter's goodbyes. These wait for a process that decodes
+    images for ever, if it hangs (seen once on busy cores after a finished run). Of several processes, when one fails,
+    the others sit in a collective and would be waited for, until torchrun sees this one gone and ends them; and when
+    one is done, a thread of Gloo's may still ask for the interpreter that is being taken down, and abort a finished run
+    (seen now and then with torch 2.15)."""
     code = 1
     try:
         main()
         code = 0
     except SystemExit as stop:
-        if not dist.is_initialized():
-            raise
         code = int(bool(stop.code))
         if isinstance(stop.code, str):
-            if os.environ["RANK"] != "0":                       # if rank 0 says the same, this one is ended first
+            if os.environ.get("RANK", "0") != "0":              # if rank 0 says the same, this one is ended first
                 time.sleep(3)
             print(stop.code, file=sys.stderr)
     except Exception:                                           # a mistake of ours, on one process or on all
-        if not dist.is_initialized():
-            raise
         traceback.print_exc()
-    if dist.is_initialized():
-        if not code:
-            dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def precision(name, device):

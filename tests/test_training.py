@@ -395,3 +395,20 @@ def test_precision_and_seeds():
         training.seed_for(*args)
         draws.add(torch.rand(()).item())
     assert len(draws) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="on other systems processes that decode are not forked")
+def test_a_finished_run_waits_for_nobody():
+    """A decoding process that hangs and, as all of them, does not heed SIGTERM; a message and its exit code arrive."""
+    code = ("import multiprocessing, os, signal, time, training\n"
+            "def hang():\n"
+            "    signal.signal(signal.SIGTERM, signal.SIG_IGN); os.close(1); os.close(2); time.sleep(90)\n"
+            "def main():\n"
+            "    multiprocessing.get_context('fork').Process(target=hang, daemon=True).start(); time.sleep(0.5)\n"
+            "    print('done'); END\n"
+            "training.launch(main)")
+    for end, (status, words) in {"return": (0, ""), "training.die('why')": (1, "why"), "raise SystemExit": (0, ""),
+                                 "raise ValueError('bug')": (1, "ValueError: bug")}.items():
+        done = subprocess.run([sys.executable, "-c", code.replace("END", end)], capture_output=True, text=True,
+                              timeout=60, cwd=os.path.dirname(training.__file__))
+        assert (done.returncode, done.stdout) == (status, "done\n") and words in done.stderr
