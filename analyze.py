@@ -11,7 +11,8 @@ Regions:   python analyze.py correspond A.pt B.pt
 Layers:    python analyze.py layers A.pt --fractions 1 0.1 -- --epochs 50            (after --: options of finetune.py)
 A file:    python analyze.py summary A.pt B.pt
 Files come first, of any layout, ViT or Swin, FILE:KEY where one holds several; COMMAND --help lists its options. Each
-writes OUT/COMMAND.json and, where matplotlib is, OUT/COMMAND.png. Layers: preempted, type the same command again.
+writes OUT/COMMAND.json and, where matplotlib is, OUT/COMMAND.png (maps: both for each file and picture; summary: no
+picture). Layers: preempted, type the same command again.
 Expected:  not run yet at full size; small encoders are in the README
 """
 import hashlib
@@ -276,6 +277,11 @@ def label_of(path):
     return f"{label}:{key}" if key else label
 
 
+def named(label):
+    """What a file of a picture is called by."""
+    return re.sub("[^A-Za-z0-9._]+", "-", label)
+
+
 def load(cfg, files):
     """The files' networks, in eval mode on the device -> them, and the device."""
     _, world, device = training.setup(cfg.device)
@@ -295,8 +301,8 @@ def load(cfg, files):
         if channels not in (1, 3, 4):
             training.die(f"{path} sees {channels} channels: images have 1, 3 or 4")
         label = label or label_of(path)
-        while label in [net.label for net in nets]:             # files of pictures are called by it
-            label += "'"
+        while named(label) in [named(net.label) for net in nets]:
+            label += "_2"
         nets.append(Net(path, label, model.requires_grad_(False).to(device), mean, std))
     return nets, device
 
@@ -454,7 +460,7 @@ def maps(cfg, files, plt):
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     stems = [f"{stem}-{i}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems, 1)]
     for net, (path, stem) in itertools.product(nets, zip(paths, stems)):
-        config, name = net.model.config, f"maps-{re.sub('[^A-Za-z0-9._]+', '-', net.label)}-{stem}"
+        config, name = net.model.config, f"maps-{named(net.label)}-{stem}"
         try:
             img = resize(decode(slurp(path), config["in_chans"]), pair(config["img_size"]), "bicubic").unsqueeze(0)
         except Exception as error:                              # damaged files raise nearly anything
@@ -605,18 +611,23 @@ def layers(cfg, files, plt, extra):
         training.die(f"--keep {max(ks)}: {path} has {depth} blocks")
     if cfg.script not in ("finetune", "probe"):
         training.die(f"--script is finetune or probe, not {cfg.script}")
+    if cfg.script == "probe":
+        if {"knn", "features"} & {*extra}:
+            training.die("--script probe goes with --protocol sweep, mae, moco or dino, which end in one accuracy")
+        extra = extra if "--protocol" in extra else ["--protocol", "sweep", *extra]
     if taken := [word for word in extra if re.match("--(init|data|out|fraction|seed)", word)]:
         training.die(f"{taken[0]} may not follow --: every run has its own, or the one given before")
     with open(file.path, "rb") as f:
-        whose = dict(file=path, sha256=hashlib.file_digest(f, "sha256").hexdigest(), seed=cfg.seed, depth=depth)
+        whose = dict(file=path, sha256=hashlib.file_digest(f, "sha256").hexdigest(), seed=cfg.seed, depth=depth,
+                     key=path.removeprefix(file.path), heads=heads)
     try:
         with open(os.path.join(cfg.out, "layers.json")) as f:
             known = json.load(f)
     except (OSError, ValueError):
         known = dict(whose, runs=[])
-    if any(known.get(k) != whose[k] for k in ("sha256", "seed")):
+    if any(known.get(k) != whose[k] for k in ("sha256", "key", "heads", "seed")):
         training.die(f"{cfg.out}/layers.json belongs to {known.get('file')}, which may have changed, and --seed "
-                     f"{known.get('seed')}: give another --out")
+                     f"{known.get('seed')}, --heads {known.get('heads')}: give another --out")
     runs = {(run["fraction"], run["keep"]): run for run in known["runs"]}
     save(cfg, "layers", known)
     for fraction, k in itertools.product(cfg.fractions, ks):

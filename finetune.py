@@ -128,8 +128,9 @@ def build(cfg, classes):
     if cfg.model in SWINS:
         shape = SWINS[cfg.model] | {k: getattr(cfg, k) for k in ("img_size", "patch_size", "in_chans", "window",
                                                                  "drop_path")}
+        eps = swin_shape_of(read(cfg.init))["eps"] if cfg.init else 1e-6        # official supervised files: 1e-5
         with training.in_words():
-            model = Swin(num_classes=classes, **shape)
+            model = Swin(num_classes=classes, eps=eps, **shape)
         nn.init.trunc_normal_(model.head.weight, std=cfg.head_std)
         return model
     shape = dict(MODELS[cfg.model], patch_size=cfg.patch_size, heads=cfg.heads)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What the small CIFAR-10 encoders of results/ have learned, against each other and against a supervised network.
+# What the small CIFAR-10 encoders of results/ have learned. The set is in the order of its classes, so nearly all of it.
 set -e
-data="--data ${DATA:-cifar10} --workers 1" out=out/analyze esvit=results/esvit-cifar10
-mae=results/moco-cifar10/mae/encoder.pt moco=results/moco-cifar10/moco/encoder.pt
-dmae=results/distill-cifar10/d-mae/encoder.pt
-judge=results/finetune-cifar10/scratch/encoder.pt
-python analyze.py cka $mae $judge --names MAE supervised $data --out $out/mae
-python analyze.py cka $dmae $judge --names D-MAE supervised $data --out $out/d-mae
-python analyze.py cka $moco $judge --names "MoCo v3" supervised $data --out $out/moco
-python analyze.py cka $esvit/regions/encoder.pt $judge --names EsViT supervised $data --out $out/esvit
-python analyze.py attention $mae $moco $judge --names MAE "MoCo v3" supervised $data --out $out
-python analyze.py correspond $esvit/views/encoder.pt $esvit/regions/encoder.pt --names views "views and regions" $data --out $out
+set="--data ${DATA:-cifar10} --workers 1" most="--images 9984" out=out/analyze r=results judge=results/finetune-cifar10/scratch/encoder.pt
+mae=$r/moco-cifar10/mae/encoder.pt moco=$r/moco-cifar10/moco/encoder.pt views=$r/esvit-cifar10/views/encoder.pt regions=$r/esvit-cifar10/regions/encoder.pt
+python analyze.py cka $mae $judge --names MAE supervised $set $most --out $out/mae
+python analyze.py cka $moco $judge --names "MoCo v3" supervised $set $most --out $out/moco
+python analyze.py cka $regions $judge --names EsViT supervised $set $most --out $out/esvit
+python analyze.py cka $r/distill-cifar10/mae/encoder.pt $judge --names "MAE, 4 epochs" supervised $set $most --out $out/mae-4
+python analyze.py cka $r/distill-cifar10/d-mae/encoder.pt $judge --names "D-MAE, 4 epochs" supervised $set $most --out $out/d-mae
+python analyze.py attention $mae $moco $judge --names MAE "MoCo v3" supervised $set $most --out $out
+python analyze.py correspond $views $regions --names views "views and regions" $set --out $out
+python analyze.py correspond $mae $moco --images 2000 $set --out $out/vit
 python analyze.py layers $mae --data ${DATA:-cifar10} --fractions 0.4 --out $out/layers -- --epochs 1 --workers 1
 python analyze.py layers $mae --data ${DATA:-cifar10} --fractions 0.02 --out $out/layers -- --epochs 15 --workers 1

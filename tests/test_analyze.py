@@ -531,10 +531,14 @@ def test_layers_command(tmp_path, classes, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="--seed 0.* another --out"):
         analyze.main([*argv, "0", "--seed", "1", "--", *SHORT])
     analyze.main(["layers", path, "--data", str(classes), "--out", str(tmp_path / "p"), "--script", "probe", "--keep",
-                  "2", "--", "--protocol", "knn", "--k", "3", "5", "--workers", "0", "--device", "cpu"])
+                  "2", "--", "--epochs", "2", "--workers", "0", "--device", "cpu"])
     row, = json.loads((tmp_path / "p" / "layers.json").read_text())["runs"]
     found = [json.loads(line) for line in (tmp_path / "p" / "keep-2-1" / "log.jsonl").open()]
-    assert [row["last"], row["best"]] == [found[-1]["test_acc1"], max(r["test_acc1"] for r in found[1:])]
+    assert [row["last"], row["best"]] == [found[-1]["test_acc1"]] * 2 and "held_out" in found[1]
+    with pytest.raises(SystemExit, match="goes with --protocol sweep"):
+        analyze.main(["layers", path, "--out", str(tmp_path / "q"), "--script", "probe", "--", "--protocol", "knn"])
+    with pytest.raises(SystemExit, match="belongs to .* another --out"):
+        analyze.main(["layers", f"{path}:model", "--out", str(tmp_path / "p"), "--script", "probe"])
     monkeypatch.setattr(analyze, "run_script", lambda command: 1)
     with pytest.raises(SystemExit, match="finetune.py failed with the first 2 blocks"):
         analyze.main([*argv, "2", "--", *SHORT])

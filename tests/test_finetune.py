@@ -340,6 +340,10 @@ def test_a_swin_is_fine_tuned(classes, tmp_path, monkeypatch, capsys):
     swin, path = Swin(16, 4, **SWINS["swin_mini"]), tmp_path / "encoder.pt"
     torch.save(dict(method="esvit", config=dict(swin.config, mean=(0.4,) * 3, std=(0.3,) * 3),
                     model=swin.state_dict()), path)
+    masks = {"layers.1.blocks.1.attn_mask": torch.zeros(1)}
+    torch.save(dict(model=swin.state_dict() | masks), tmp_path / "official.pth")
+    official = finetune.build(config("--init", tmp_path / "official.pth"), 2)
+    assert official.norm.eps == 1e-5 and finetune.build(config("--model", "swin_mini"), 2).norm.eps == 1e-6
     args = [arg for arg in TINY if arg not in ("--model", "vit_mini")]
     cfg = config("--init", path, *args)
     assert (cfg.model, cfg.window, cfg.img_size, cfg.mean) == ("swin_mini", 2, (16, 16), (0.4,) * 3)
