@@ -116,8 +116,9 @@ def export(path, to, out=None, heads=None):
                              "have no place: --to safetensors and onnx keep it")
     maps = model.maps(*c["img_size"]) if swin else []
     if to == "timm" and any(h != w and min(h, w) <= c["window"] for h, w in maps):
-        refuse(weights.path, f"sees images of {' x '.join(map(str, c['img_size']))}, where one of its maps is no larger "
-                             "than a window and not square: timm would cut it otherwise. --to safetensors keeps it")
+        refuse(weights.path, f"sees images of {' x '.join(map(str, c['img_size']))}, where one of its maps is no "
+                             "larger than a window and not square: timm would cut it otherwise. --to safetensors keeps "
+                             "it")
     if to == "onnx" and sum(t.nbytes for t in state.values()) >= 2 ** 31:
         refuse(weights.path, "has more weights than the 2 GiB that one ONNX file can hold")
     try:
