@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test test-slow bench lint clean
+.PHONY: setup demo demo-distill test test-slow test-golden bench lint clean
 
 setup: $(VENV)/ready
 
@@ -16,7 +16,10 @@ $(VENV)/ready: pyproject.toml
 demo: setup
 	$(RUN) mae.py --demo
 	$(RUN) finetune.py --demo --init out/mae-demo/encoder.pt
-	$(RUN) probe.py --demo
+	$(RUN) probe.py out/mae-demo/encoder.pt --demo
+
+demo-distill: setup
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash runs/demo_distill.sh
 
 test: setup lint
 	$(RUN) -m pytest -n 2
@@ -24,8 +27,12 @@ test: setup lint
 test-slow: setup
 	$(RUN) -m pytest -m slow
 
+# Recordings of another folder: GOLDEN=DIR make test-golden
+test-golden: setup
+	$(RUN) -m pytest -n 2 -m golden
+
 bench: setup
-	$(RUN) bench.py $(if $(DATA),--data $(DATA))
+	$(RUN) -m tools.bench $(if $(DATA),--data $(DATA))
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -9,11 +9,26 @@ import torch
 
 FOLDER = Path(os.environ.get("GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 DATA = Path(os.environ.get("SAMPLE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-needs_golden = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"recorded reference runs not found in {FOLDER}")
+
+# For a test, or as the pytestmark of a file. conftest.py skips what bears it where there are no recordings;
+# `make test-golden` runs what bears it and nothing else.
+needs_golden = pytest.mark.golden
+
+
+def recordings(*patterns, ext="npz"):
+    """The names, without suffix, of the recordings that are there and match: recordings("mae_forward_*")."""
+    return sorted({path.stem for pattern in patterns for path in FOLDER.glob(f"{pattern}.{ext}")})
+
+
+def each_recording(*patterns):
+    """Decorator: the test takes `name`, and runs once for each recording that is there and matches."""
+    def decorate(test):
+        return needs_golden(pytest.mark.parametrize("name", recordings(*patterns))(test))
+    return decorate
 
 
 class Golden:
-    """g.out("loss"), g.state(), g.config["dim"]: arrays of one .npz as tensors."""
+    """One .npz: g("out/loss") and g.under("state") are its arrays as tensors, g.config["dim"] what made them."""
 
     def __init__(self, name):
         self.arrays = np.load(FOLDER / f"{name}.npz", allow_pickle=False)
@@ -21,6 +36,9 @@ class Golden:
 
     def __call__(self, key):
         return torch.from_numpy(np.array(self.arrays[key]))
+
+    def __contains__(self, key):
+        return key in self.arrays.files
 
     def under(self, prefix):
         return {k[len(prefix) + 1:]: self(k) for k in self.arrays.files if k.startswith(prefix + "/")}

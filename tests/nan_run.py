@@ -2,7 +2,7 @@
 import os
 
 import mae
-import training
+from runtime.run import launch
 
 calls, normalize = iter(range(10 ** 9)), mae.normalize
 
@@ -15,4 +15,4 @@ def poisoned(img, mean, std):
 
 
 mae.normalize = poisoned
-training.launch(mae.main)
+launch(mae.main)

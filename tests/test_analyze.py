@@ -1,6 +1,7 @@
-"""analyze.py: estimators against recorded runs, closed forms and invariants; the commands on small made-up files."""
+"""tools/analyze.py: estimators against recorded runs, closed forms, invariants; the commands on small made-up files."""
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -12,17 +13,18 @@ import pytest
 import torch
 from conftest import write_images
 from einops import rearrange
-from golden import Golden, close, needs_golden
+from golden import Golden, close, each_recording
 from PIL import Image
 from textbook import TextbookCKA
 from torch import nn
 
-import analyze
-from analyze import CKA, gram, hsic, layers_of, mass_mask, matches, mirrored, reach, spread
-from augment import IMAGENET_MEAN, IMAGENET_STD, recolour
 from data import CenterCrops
-from sources import find
-from vit import Swin, ViT
+from images.augment import IMAGENET_MEAN, IMAGENET_STD, recolour
+from images.datasets import open_dataset
+from tools import analysis_plots as plots
+from tools import analyze
+from tools.analyze import cka_of, gram, hsic, logits_of, mass_mask, matches, mirrored, reach, spread, tokens_of, watch
+from vit import Swin, ViT, WindowAttention
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,28 +51,27 @@ def saved(path, model, **config):
 
 def cka(first, second):
     """Features of one batch or several, [(n, ...), ...] for each network's layers."""
-    found = CKA()
-    for one, two in zip(first, second):
-        found.add(*(torch.stack([gram(x) for x in net]) for net in (one, two)))
-    return found.value()
+    both = [torch.stack([gram(x) for x in (*one, *two)]).double() for one, two in zip(first, second)]
+    return cka_of(sum(hsic(x, x) for x in both), len(first[0]))
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # CKA
 
 
-@needs_golden
-def test_cka_as_recorded():
-    g = Golden("maelite_cka")
-    nets = [[g(f"input/feat{k}_{i}") for i in range(len(g.config[f"layers{k}"]))] for k in (1, 2)]
+@each_recording("*_cka")
+def test_cka_as_recorded(name):
+    g = Golden(name)
+    counts = [len(g.config[f"layers{k}"]) for k in (1, 2)]
+    nets = [[g(f"input/feat{k}_{i}") for i in range(count)] for k, count in zip((1, 2), counts)]
     batches = [[[layer[b] for layer in net] for b in range(g.config["n_batches"])] for net in nets]
     close(cka(*batches), g("out/cka"), 1e-5)
     K, L = ([torch.stack([gram(x).double() for x in batch]) for batch in net] for net in batches)
-    sums = [sum(hsic(k, x) for k, x in zip(*pair)) for pair in ((K, K), (K, L), (L, L))]
-    own = sums[0].diagonal()[:, None].expand(3, 2), sums[1], sums[2].diagonal().expand(3, 2)
+    first, both, second = [sum(hsic(k, x) for k, x in zip(*pair)) for pair in ((K, K), (K, L), (L, L))]
+    own = first.diagonal()[:, None].expand(*counts), both, second.diagonal().expand(*counts)
     close(torch.stack(own, -1), g("out/hsic_sums"), 1e-5)
-    close(torch.stack([hsic(K[0], L[0])[0, 0], hsic(K[0], K[0])[0, 0], hsic(L[0], L[0])[0, 0]]), g("out/hsic_first"),
-          1e-5)
+    found = [hsic(K[0], L[0])[0, 0], hsic(K[0], K[0])[0, 0], hsic(L[0], L[0])[0, 0]]
+    close(torch.stack(found), g("out/hsic_first"), 1e-5)
 
 
 def test_cka_in_closed_form():
@@ -100,7 +101,7 @@ def test_cka_of_the_same_the_turned_and_the_unrelated():
 
 def test_cka_of_two_networks_by_the_textbook():
     nets, img = [vit(dim=24), vit(depth=3)], torch.randn(12, 3, 16, 16)
-    ours = cka(*([[layer.tokens for layer in layers_of(net, img)]] for net in nets))
+    ours = cka(*([tokens_of(net, img)] for net in nets))
     textbook = TextbookCKA(*(net.double() for net in nets))
     torch.testing.assert_close(ours.float(), textbook.compare(*textbook.look(img.double())), rtol=1e-4, atol=1e-4)
 
@@ -109,51 +110,105 @@ def test_cka_of_two_networks_by_the_textbook():
 # Layers and attention
 
 
-@pytest.mark.parametrize("readout", ["cls", "avg"])
-def test_layers_of_a_vit(readout):
-    model, img, seen = vit(readout=readout), torch.randn(3, 3, 16, 24), []
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+def test_layers_of_a_vit(pool):
+    model, img, hooked = vit(pool=pool), torch.randn(3, 3, 16, 24), []
     for module in [b.norm1 for b in model.blocks] + [model.norm]:
-        module.register_forward_hook(lambda _, __, out: seen.append(out[:, 1:]))
-    _, logits = model.encode(img, logits_of=(1, 2))
-    seen, hooked = [], seen
-    found = list(layers_of(model, img, True))
+        module.register_forward_hook(lambda _, __, out: hooked.append(out[:, 1:]))
+    found = tokens_of(model, img)
     hooked[-1] = model.fc_norm(hooked[-1])
-    for layer, tokens in zip(found, hooked, strict=True):
-        torch.testing.assert_close(layer.tokens, tokens)
-    for layer, whole in zip(found, logits):
-        torch.testing.assert_close(layer.logits, whole[..., 1:, 1:])
-        assert layer.grid == (4, 6)
-    for layer, tokens in zip(layers_of(model, img), hooked, strict=True):
-        torch.testing.assert_close(layer.tokens, tokens)
+    for tokens, expected in zip(found, hooked, strict=True):
+        torch.testing.assert_close(tokens, expected)
+    seen, output = watch(model, img)
+    torch.testing.assert_close(output, found[-1])
+    x = model.embed(img)
+    for (attn, tokens, grid), block in zip(seen, model.blocks, strict=True):
+        logits, window, place = logits_of(attn, tokens, grid)
+        torch.testing.assert_close(logits, block.attn.logits(block.norm1(x))[..., 1:, 1:])
+        assert grid == window == (4, 6) and torch.equal(torch.arange(24)[place], torch.arange(24))
+        x = block(x)
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_layers_of_a_swin():
-    model, img, seen = swin(), torch.randn(2, 3, 32, 32), []
-    for module in [b.norm1 for stage in model.layers for b in stage["blocks"]] + [model.norm]:
-        module.register_forward_hook(lambda _, __, out: seen.append(out))
-    _, logits = model.encode(img, (1, 2, 3, 4))
-    seen, hooked = [], seen
-    found = list(layers_of(model, img, True))
-    for layer, tokens in zip(found, hooked, strict=True):
-        torch.testing.assert_close(layer.tokens, tokens)
-    for layer, whole in zip(found, logits):
-        torch.testing.assert_close(layer.logits, whole)
-    assert [layer.scale for layer in found] == [1, 1, 2, 2, 1]
+    model, img, hooked = swin(), torch.randn(2, 3, 32, 32), []
+    blocks = [b for stage in model.layers for b in stage["blocks"]]
+    for module in [b.norm1 for b in blocks] + [model.norm]:
+        module.register_forward_hook(lambda _, __, out: hooked.append(out))
+    for tokens, expected in zip(tokens_of(model, img), hooked, strict=True):
+        torch.testing.assert_close(tokens, expected)
+    seen, _ = watch(model, img)
+    assert [attn for attn, _, _ in seen] == [b.attn for b in blocks]
+    assert [grid for _, _, grid in seen] == [(8, 8), (8, 8), (4, 4), (4, 4)]
 
 
-@needs_golden
-def test_attention_as_recorded():
-    g = Golden("maelite_attn_analyzer")
-    n, distance = g.config["grid"], analyze.distances(g.config["grid"], g.config["grid"]) * 14
+def test_swin_logits_make_the_attention():
+    """Their softmax times the values is what the attention gives, with shifts, masks and padding; looking changes
+    nothing."""
+    model, img = swin(patch_size=2), torch.randn(2, 3, 24, 20)
+    plain = model.encode(img)
+    seen, output = watch(model, img)
+    assert torch.equal(output, plain)
+    assert [logits_of(*layer)[0].shape for layer in seen] == [(2 * 9, 2, 16, 16)] * 2 + [(2 * 4, 4, 16, 16)] * 2
+    for attn, tokens, grid in seen:
+        nn.init.normal_(attn.relative_position_bias_table)
+        nn.init.normal_(attn.qkv.bias)
+        logits, window, place = logits_of(attn, tokens, grid)
+        order = analyze.window_layout(*grid, attn.side, attn.shift, tokens.device)[0]
+        values = attn.padded_qkv(tokens, grid)[:, order].chunk(3, -1)[2]
+        values = rearrange(values, "b (n t) (h d) -> (b n) h t d", t=16, h=attn.heads)
+        x = rearrange(logits.softmax(-1) @ values, "(b n) h t d -> b (n t) (h d)", b=2)
+        torch.testing.assert_close(attn.proj(x[:, place]), attn(tokens, grid))
+        assert window == (4, 4) and (logits.amin() < -90) == (attn.shift > 0)
+
+
+@each_recording("esvit_swin_*")
+def test_attention_of_esvit_as_recorded(name):
+    g = Golden(name)
+    if g.config.get("ape"):
+        pytest.skip("absolute positions in a Swin are not built here")
+    names = dict(embed_dim="dim", num_heads="heads", window_size="window", norm_eps="eps")
+    names |= {k: k for k in ("img_size", "patch_size", "depths", "mlp_ratio")}
+    model = Swin(**{ours: g.config[theirs] for theirs, ours in names.items()})
+    model.load_state_dict(g.under("state"))
+    logits, _, _ = logits_of(*watch(model, g("input/imgs"))[0][-1])
+    close(logits.softmax(-1), g("out/last_attention"), 2e-5 if name == "esvit_swin_divisible" else 5e-5)
+
+
+@each_recording("swin_window_attention*")
+def test_window_attention_as_recorded(name):
+    g = Golden(name)
+    c = g.config
+    side, image = c["window"][0], g("input/x").unflatten(0, (c["batch"], c["nW"]))
+    attn = WindowAttention(c["dim"], c["heads"], side)
+    attn.load_state_dict(g.under("state"))
+    tokens, grid = image.flatten(0, 2)[None], (len(image.flatten(0, 1)) * side, side)           # one window wide
+    logits, _, place = logits_of(attn, tokens, grid)
+    assert logits.shape == (len(g("input/x")), c["heads"], side * side, side * side)
+    values = rearrange(attn.qkv(g("input/x")).chunk(3, -1)[2], "n t (h d) -> n h t d", h=c["heads"])
+    for mask, expected in ((None, "y_nomask"), (g("input/mask"), "y_mask")):
+        given = logits if mask is None else logits + mask.repeat(c["batch"], 1, 1).unsqueeze(1)
+        x = rearrange(given.softmax(-1) @ values, "n h t d -> n t (h d)")
+        close(attn.proj(x), g(f"out/{expected}"), 1e-5)
+
+
+@each_recording("*_attn_analyzer")
+def test_attention_as_recorded(name):
+    """Also with cls, (1, 1, H, 1 + N, 1 + N), whose key says how many tokens it has. A patch counts 14 pixels."""
+    g = Golden(name)
+    n = g.config["grid"]
+    distance = analyze.distances(n, n) * 14
     close(distance, g("out/dist_matrix"), 1e-5)
     found = torch.stack([spread(x.double(), distance).mean((1, 3)) for x in g("input/attn_logits_patch")]).mean(0)
-    assert distance.shape == (n * n, n * n)
     close(found[0], g("out/entropy"), 1e-5)
     close(found[1], g("out/distance"), 1e-5)
-    logits, distance = g("input/attn_logits_197")[0][..., 1:, 1:].double(), analyze.distances(14, 14) * 14
-    found = spread(logits, distance).mean((1, 3))
-    close(found[0][None], g("out/entropy_197"), 1e-5)
-    close(found[1][None], g("out/distance_197"), 1e-5)
+    for key in (k for k in g.arrays.files if re.fullmatch(r"input/attn_logits_\d+", k)):
+        tokens = key.split("_")[-1]
+        side = math.isqrt(int(tokens) - 1)
+        found = [spread(x[..., 1:, 1:].double(), analyze.distances(side, side) * 14).mean((1, 3)) for x in g(key)]
+        for ours, name in zip(torch.stack(found, 1), ("entropy", "distance")):                  # (blocks, H) each
+            expected = g(f"out/{name}_{tokens}")
+            close(ours if len(ours) == len(expected) else ours.mean(0, keepdim=True), expected, 1e-5)
 
 
 def test_attention_in_closed_form():
@@ -174,10 +229,9 @@ def test_even_attention():
 def test_reach_of_a_vit():
     """Queries of zero see everything alike: the uniform reference; other ones as `spread` says, in true pixels."""
     model, img = vit(img_size=(16, 24)), torch.randn(3, 3, 16, 24)
-    _, logits = model.encode(img, logits_of=(1, 2))
     distance = analyze.distances(4, 6).float() * 4
-    for found, whole in zip(reach(model, img), logits):
-        torch.testing.assert_close(found, spread(whole[..., 1:, 1:], distance).mean(-1).sum(1))
+    for found, (attn, tokens, _) in zip(reach(model, img), watch(model, img)[0], strict=True):
+        torch.testing.assert_close(found, spread(attn.logits(tokens)[..., 1:, 1:], distance).mean(-1).sum(1))
     for found in reach(model, img[:1], even=True):
         torch.testing.assert_close(found[0], torch.full((4,), math.log(24)), rtol=1e-4, atol=1e-4)
     for block in model.blocks:
@@ -225,7 +279,8 @@ def test_mass_mask():
 
 def test_last_attention():
     model, img = vit(img_size=(16, 24)), torch.randn(1, 3, 16, 24)
-    whole = model.encode(img, logits_of=(2,))[1][0][0].softmax(-1)
+    attn, tokens, _ = watch(model, img)[0][-1]
+    whole = attn.logits(tokens)[0].softmax(-1)                                                  # (4, 25, 25)
     torch.testing.assert_close(analyze.last_attention(model, img), whole[:, 0, 1:].view(4, 4, 6))
     torch.testing.assert_close(analyze.last_attention(model, img, 7), whole[:, 8, 1:].view(4, 4, 6))
     with pytest.raises(ValueError, match="--query 24: the map has 4 x 6"):
@@ -326,7 +381,7 @@ def files(tmp_path_factory):
 
 
 def pixels(images):
-    return CenterCrops(find(str(images)), (16, 16), 3).__getitems__(range(11))[0].float() / 255
+    return CenterCrops(open_dataset(str(images)), (16, 16), 3).__getitems__(range(11))[0].float() / 255
 
 
 def test_cka_command(tmp_path, files, capsys):
@@ -338,11 +393,12 @@ def test_cka_command(tmp_path, files, capsys):
     # The same by hand: the set's order, and each network's own statistics.
     seen = pixels(images)
     first = (seen - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    by_hand = [[[layer.tokens for layer in layers_of(net, part)] for part in x[:8].split(4)]
+    by_hand = [[tokens_of(net, part) for part in x[:8].split(4)]
                for net, x in ((vit(), first), (vit(depth=3), seen - 0.5))]
     torch.testing.assert_close(torch.tensor(found["cka"]), cka(*by_hand).float(), rtol=1e-3, atol=1e-3)
     found = run("cka", tmp_path, three, three, "--data", images, "--images", 6, "--workers", 0)
     assert found["images"] == 6 and np.diag(found["cka"]) == pytest.approx(1) and np.shape(found["cka"]) == (4, 4)
+    assert "6 images in batches of 6\n" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cka.json", "cka.png"]
 
 
@@ -406,7 +462,7 @@ def test_summary_command(tmp_path, files, capsys):
 
 
 def test_without_matplotlib_the_numbers_are_there(tmp_path, files, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(plots, "INSTALLED", False)
     assert run("cka", tmp_path, files[0], files[1], "--data", files[3], "--workers", 0)["images"] == 11
     assert "pip install '.[plot]'" in capsys.readouterr().out and not (tmp_path / "cka.png").exists()
 
@@ -424,11 +480,14 @@ def test_a_real_process(tmp_path, files, classes, command):
     out = tmp_path / "new" / "folder"
     at = argv.index("--") if "--" in argv else len(argv)
     argv[at:at] = ["--out", str(out)]
-    done = subprocess.run([sys.executable, ROOT / "analyze.py", command, *argv], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tools.analyze", command, *argv], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     written = {p.name for p in out.iterdir() if p.is_file()}
     name = "maps-three-000" if command == "maps" else command
-    assert {f"{name}.json", *[f"{name}.png"] * (command != "summary")} <= written
+    assert f"{name}.json" in written and (f"{name}.png" in written) == (command != "summary")
+    picture = "" if command == "summary" else f" and {out}/{name}.png"
+    assert f"wrote {out}/{name}.json{picture}\n" in done.stdout
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -441,14 +500,17 @@ def test_a_real_process(tmp_path, files, classes, command):
     ("cka ONE BIG --data IMAGES", "--img-size makes sizes alike"), ("cka ONE TWO --mean 0.5", "need 3 numbers"),
     ("attention ONE --data IMAGES --img-size 18", "do not tile"), ("attention ONE --data IMAGES --device tpu", "tpu"),
     ("correspond ONE --data IMAGES --img-size 2", "do not tile"), ("correspond ONE --top 0", "at least 1"),
-    ("maps ONE", "which images"), ("maps ONE --pictures gone.png", "gone.png cannot be read"),
-    ("maps ONE --pictures EMPTY", "which images"), ("maps ONE --pictures PICTURE --query 16", "--query 16: the map"),
+    ("maps ONE", "--pictures is required"), ("maps ONE --pictures gone.png", "gone.png cannot be read"),
+    ("maps ONE --pictures EMPTY", "--pictures is required"),
+    ("maps ONE --pictures PICTURE --query 16", "--query 16: the map"),
     ("maps ONE --pictures PICTURE --mass 1.1", "at most 1"), ("maps ONE --pictures PICTURE --img-size 3", "not tile"),
     ("maps THREE --pictures PICTURE --img-size 64", "one window, not 16 x 16"),
     ("layers ONE TWO", "takes one file"), ("layers ONE --keep 0 3", "--keep 3: .* has 2 blocks"),
-    ("layers ONE --script mae", "finetune or probe"), ("layers ONE -- --init x", "--init may not follow"),
+    ("layers ONE --script mae", "invalid choice: .mae."), ("layers ONE -- --init x", "--init may not follow"),
     ("summary", "takes files"), ("summary PICTURE", "no checkpoint"),
-    ("summary ONE --out PICTURE", "cannot be written"),
+    ("summary ONE --out PICTURE", "cannot be read or written"), ("summary ONE --heads 4 4", "--heads has 2"),
+    ("attention", "takes files"), ("layers PICTURE", "no checkpoint"),
+    ("layers ONE --out PICTURE", "cannot be read or written"),
 ])
 def test_mistakes_end_in_a_sentence(tmp_path, files, argv, words):
     (tmp_path / "empty").mkdir()
@@ -474,7 +536,7 @@ def mini(path):
 def test_keep_only(tmp_path):
     path = mini(tmp_path / "encoder.pt")
     for k in (0, 2, 4):
-        analyze.keep_only(path, None, k, 0, str(tmp_path / "k.pt"))
+        analyze.keep_only(analyze.Net(path), k, 0, str(tmp_path / "k.pt"))
         theirs, ours = torch.load(path)["model"], torch.load(tmp_path / "k.pt")
         assert ours["config"]["heads"] == 4 and ours["config"]["mean"] == (0.5,) * 3
         for name, t in ours["model"].items():
@@ -482,8 +544,8 @@ def test_keep_only(tmp_path):
             assert torch.equal(t, theirs[name]) != fresh, name
     weight = ours["model"]["blocks.3.mlp.fc1.weight"]
     assert weight.std() > 0.2                                   # the file's own; a fresh one has 0.02
-    analyze.keep_only(path, None, 0, 0, str(tmp_path / "again.pt"))
-    analyze.keep_only(path, None, 0, 1, str(tmp_path / "other.pt"))
+    analyze.keep_only(analyze.Net(path), 0, 0, str(tmp_path / "again.pt"))
+    analyze.keep_only(analyze.Net(path), 0, 1, str(tmp_path / "other.pt"))
     again, other = (torch.load(tmp_path / f"{x}.pt")["model"]["blocks.0.attn.qkv.weight"] for x in ("again", "other"))
     assert again.std().item() == pytest.approx(0.02, rel=0.1) and not torch.equal(again, other)
 
@@ -492,7 +554,7 @@ def test_keep_only_of_a_swin(tmp_path):
     """Three of four blocks: the second stage's last is fresh, and so is the norm; merging goes with what is before."""
     path = saved(tmp_path / "encoder.pt", swin(patch_size=2))
     for k in (1, 3):
-        analyze.keep_only(path, None, k, 0, str(tmp_path / "k.pt"))
+        analyze.keep_only(analyze.Net(path), k, 0, str(tmp_path / "k.pt"))
         theirs, ours = (torch.load(p)["model"] for p in (path, tmp_path / "k.pt"))
         of = {1: ("patch_embed", "layers.0.blocks.0"), 3: ("patch_embed", "layers.0", "layers.1.blocks.0")}[k]
         for name in (name for name, t in ours.items() if t.dim() > 1 and t.is_floating_point()):
@@ -550,24 +612,44 @@ def test_layers_command(tmp_path, classes, monkeypatch, capsys):
     assert "stopped: the same command goes on" in capsys.readouterr().out
 
 
+def test_layers_of_fewer_images_than_a_batch(tmp_path, classes, monkeypatch):
+    import finetune
+    monkeypatch.setattr(analyze, "run_script", lambda command: finetune.main(command[1:]))
+    analyze.main(["layers", mini(tmp_path / "encoder.pt"), "--data", str(classes), "--out", str(tmp_path / "o"),
+                  "--keep", "4", "--", "--epochs", "1", "--workers", "0", "--device", "cpu"])
+    rows = [json.loads(line) for line in (tmp_path / "o" / "keep-4-1" / "log.jsonl").open()]
+    assert rows[0]["config"]["batch_size"] == rows[0]["images"] == 40
+    run, = json.loads((tmp_path / "o" / "layers.json").read_text())["runs"]
+    assert run["last"] == [row["test_acc1"] for row in rows if "test_acc1" in row][-1]
+
+
+def test_help_lists_the_options_of_a_command(capsys):
+    for command, (_, options, *_) in analyze.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            analyze.main([command, "--help"])
+        said = capsys.readouterr().out
+        listed = {name.replace("-", "_") for name in re.findall("^  --([a-z-]+)", said, re.MULTILINE)}
+        assert listed == set(options.split())
+
+
 @pytest.mark.slow
 def test_layers_killed_and_gone_on_with(tmp_path, classes):
-    command = [sys.executable, ROOT / "analyze.py", "layers", mini(tmp_path / "encoder.pt"), "--data", classes, "--out",
-               tmp_path / "o", "--keep", "0", "4", "--", *SHORT, "--epochs", "20", "--log-every", "1"]
+    command = [sys.executable, "-m", "tools.analyze", "layers", mini(tmp_path / "encoder.pt"), "--data", classes,
+               "--out", tmp_path / "o", "--keep", "0", "4", "--", *SHORT, "--epochs", "20", "--log-every", "1"]
     log = tmp_path / "o" / "keep-0-1" / "log.jsonl"
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not (log.exists() and '"loss"' in log.read_text()):
         assert first.poll() is None
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate()
     assert first.returncode == 0 and "stopped: the same command goes on" in said and "test_acc1" not in log.read_text()
-    second = subprocess.run(command, capture_output=True, text=True)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     rows = [json.loads(line) for line in log.open()]
     assert [row["start"] > 0 for row in rows if "start" in row] == [False, True]
     runs = json.loads((tmp_path / "o" / "layers.json").read_text())["runs"]
-    assert [run["keep"] for run in runs] == [0, 4] and "first 4 of 4 blocks: top-1" in second.stdout
-    third = subprocess.run(command, capture_output=True, text=True)             # all is done: nothing is started
+    assert [run["keep"] for run in runs] == [0, 4] and "4 of 4 blocks: top-1" in second.stdout
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)   # all is done: nothing is started
     assert third.returncode == 0 and "the first 0 of 4 blocks, 1 of the images:" not in third.stdout
     assert len(rows) == len(log.read_text().splitlines())

@@ -7,7 +7,7 @@ import torch
 import torchvision.transforms.functional as tv
 from PIL import Image, ImageFilter, ImageOps
 
-from augment import CHANGES, Colours, blur, blur_kernels, denormalize, draw_colours, grey, hue, recolour
+from images.augment import CHANGES, Colours, blur, blur_kernels, denormalize, draw_colours, grey, hue, recolour
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NONE = dict(jitter=(0, 0, 0, 0), p_jitter=0, p_grey=0)

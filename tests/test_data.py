@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import subprocess
 
@@ -11,9 +12,11 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import data
-from augment import denormalize, normalize, random_flip, resize_each, statistics
-from data import CenterCrops, DeviceCrops, RandomCrops, crop_box, decode, keys, load, resize, uniforms
-from sources import Folder, find
+from data import CenterCrops, RandomCrops, batch_keys, crop_box, decode, load, resize, uniforms
+from images.augment import denormalize, normalize, random_flip, statistics
+from images.datasets import Folder, open_dataset
+from images.device import DeviceCrops, resize_each
+from images.pictures import draw_curve, save_sheet
 
 DECODERS = [pytest.param(data.decode_jpeg, id="torchcodec", marks=pytest.mark.skipif(
     data.decode_jpeg is None, reason="torchcodec is not installed")), pytest.param(None, id="Pillow")]
@@ -26,6 +29,13 @@ def encoded(img, **options):
     buffer = io.BytesIO()
     img.save(buffer, **options)
     return buffer.getvalue()
+
+
+def one(crops, key):
+    """The image of one key, which must be readable."""
+    imgs, _, failed = crops.__getitems__([key])
+    assert len(imgs) == 1 and not failed
+    return imgs[0]
 
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8))
@@ -148,12 +158,12 @@ def test_draws_are_uniform_independent_and_a_function_of_their_key():
 
 
 def test_crop_pixels_are_torchvisions(classes):
-    source, u = find(str(classes)), uniforms(5, [(2, 7)], 23)[0]
+    source, u = open_dataset(str(classes)), uniforms(5, [(2, 7)], 23)[0]
     left, top, w, h = crop_box(24, 24, (0.2, 1.0), (3 / 4, 4 / 3), u)
     how = v2.InterpolationMode.BICUBIC
     expected = v2.functional.resized_crop(decode(source.read(7)), top, left, h, w, [16, 16], how)
-    img, label, failed = RandomCrops(source, (16, 16), 3, 5, (0.2, 1.0), "bicubic")[2, 7]
-    assert torch.equal(img, expected) and (label, failed) == (0, None)
+    imgs, labels, failed = RandomCrops(source, (16, 16), 3, 5, (0.2, 1.0), "bicubic").__getitems__([(2, 7)])
+    assert torch.equal(imgs[0], expected) and (labels.tolist(), failed) == ([0], [])
 
 
 @pytest.mark.parametrize("w, h, size", [(300, 200, 224), (200, 301, 224), (64, 64, 224), (500, 375, 384)])
@@ -161,21 +171,21 @@ def test_evaluation_crop_is_torchvisions(tmp_path, w, h, size):
     RGB.resize((w, h)).save(tmp_path / "x.png")
     short = int(size / 0.875) if size <= 224 else size
     reference = v2.Compose([v2.PILToTensor(), v2.Resize(short, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
-    img = CenterCrops(find(str(tmp_path)), (size, size), 3)[0][0]
+    img = one(CenterCrops(open_dataset(str(tmp_path)), (size, size), 3), 0)
     # Channels together or apart in memory round differently, by one.
     assert (img.int() - reference(RGB.resize((w, h))).int()).abs().max() <= 1
 
 
 def test_evaluation_crop_of_other_shapes(tmp_path):
     RGB.resize((160, 96)).save(tmp_path / "x.png")
-    source = find(str(tmp_path))
-    assert torch.equal(CenterCrops(source, (96, 160), 3)[0][0], decode(source.read(0)))
-    assert CenterCrops(source, (32, 80), 1)[0][0].shape == (1, 32, 80)
+    source = open_dataset(str(tmp_path))
+    assert torch.equal(one(CenterCrops(source, (96, 160), 3), 0), decode(source.read(0)))
+    assert one(CenterCrops(source, (32, 80), 1), 0).shape == (1, 32, 80)
 
 
 def test_random_interpolation_uses_both(classes):
-    source = find(str(classes))
-    both = {how: [RandomCrops(source, (16, 16), 3, 0, (0.2, 1.0), how)[e, 3][0] for e in range(20)]
+    source = open_dataset(str(classes))
+    both = {how: [one(RandomCrops(source, (16, 16), 3, 0, (0.2, 1.0), how), (e, 3)) for e in range(20)]
             for how in ("random", "bilinear", "bicubic")}
     which = [torch.equal(r, b) for r, b in zip(both["random"], both["bilinear"])]
     assert 3 < sum(which) < 17
@@ -183,11 +193,11 @@ def test_random_interpolation_uses_both(classes):
 
 
 def test_repeated_crops_share_an_image(classes):
-    source = find(str(classes))
+    source = open_dataset(str(classes))
     once, thrice = (RandomCrops(source, (16, 16), 3, 0, (0.2, 1.0), "random", repeat=r) for r in (1, 3))
     imgs, labels, _ = thrice.__getitems__([(4, 2), (4, 30)])
     assert labels.tolist() == [0] * 3 + [1] * 3 and len(imgs) == 6
-    assert torch.equal(imgs[0], once[4, 2][0]) and torch.equal(imgs[3], once[4, 30][0])
+    assert torch.equal(imgs[0], one(once, (4, 2))) and torch.equal(imgs[3], one(once, (4, 30)))
     assert len({img.numpy().tobytes() for img in imgs}) == 6    # each crop is another one
     whole = RandomCrops(source, (24, 24), 3, 0, (1.0, 1.0), "bicubic", repeat=3)
     got = whole.__getitems__([(4, 2)])[0]
@@ -195,12 +205,13 @@ def test_repeated_crops_share_an_image(classes):
 
 
 def test_repeat_keeps_the_steps_and_decodes_less():
-    """Two epochs with --repeat 2 have the steps of two without, and see each image once, in two crops."""
-    plain = [key for batch in keys(40, 8, 1, 1, 0, 0, 0, 10) for key in batch]
-    twice = [batch for batch in keys(40, 8, 1, 1, 0, 0, 0, 10, repeat=2)]
+    """Two epochs with --repeat 2, which is half the images a step, have the steps of two without, and see each image
+    once, in two crops."""
+    plain = [key for batch in batch_keys(40, 8, 1, 1, 0, 0, 0, 10) for key in batch]
+    twice = [batch for batch in batch_keys(40, 8 // 2, 1, 1, 0, 0, 0, 10)]
     assert len(twice) == 10 and all(len(batch) == 4 for batch in twice)
     assert sorted(i for batch in twice for _, i in batch) == list(range(40)) and len(plain) == 80
-    split = [list(keys(40, 8, 1, 2, rank, 0, 3, 9, repeat=2)) for rank in range(2)]
+    split = [list(batch_keys(40, 8 // 2, 1, 2, rank, 0, 3, 9)) for rank in range(2)]
     assert [a + b for a, b in zip(*split)] == twice[3:9]
 
 
@@ -215,7 +226,7 @@ def test_crops_on_the_device_are_the_same(tmp_path, channels):
     RGB.resize((60, 90)).save(tmp_path / "train" / "a" / "turned.jpg", exif=exif)
     RGB.resize((60, 90)).save(tmp_path / "train" / "b" / "other.png")
     RGB.resize((60, 90)).convert("L").save(tmp_path / "train" / "b" / "grey.jpg")
-    source = find(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     parts = [[(1, i) for i in range(k, k + 5)] for k in (0, 5, 10)]
 
     def both():
@@ -247,7 +258,7 @@ def test_crops_on_the_device_are_the_same(tmp_path, channels):
 
 
 def test_an_epoch_is_every_image_once():
-    got = [key for batch in keys(23, 5, 1, 1, 0, seed=3, start=0, steps=8) for key in batch]
+    got = [key for batch in batch_keys(23, 5, 1, 1, 0, seed=3, start=0, steps=8) for key in batch]
     first, second = got[:20], got[20:]
     assert {e for e, _ in first} == {0} and {e for e, _ in second} == {1}
     assert len({i for _, i in first}) == len({i for _, i in second}) == 20      # whole batches: 3 of 23 are left out
@@ -257,21 +268,21 @@ def test_an_epoch_is_every_image_once():
 def test_ranks_and_accumulation_share_a_step():
     """Whatever the number of processes and passes, a step sees the same images."""
     def images(world, accum):
-        parts = [list(keys(40, 8, accum, world, rank, 0, 0, 10)) for rank in range(world)]
+        parts = [list(batch_keys(40, 8, accum, world, rank, 0, 0, 10)) for rank in range(world)]
         return [sorted(i for part in parts for micro in part[step * accum:(step + 1) * accum] for _, i in micro)
                 for step in range(10)]
     assert images(1, 1) == images(2, 1) == images(1, 4) == images(2, 2)
 
 
 def test_starting_later_is_the_same_order():
-    everything = list(keys(23, 5, 2, 1, 0, 0, 0, 12))
-    assert list(keys(23, 5, 2, 1, 0, 0, 7, 12)) == everything[14:]
+    everything = list(batch_keys(23, 5, 2, 1, 0, 0, 0, 12))
+    assert list(batch_keys(23, 5, 2, 1, 0, 0, 7, 12)) == everything[14:]
 
 
 def test_any_number_of_workers_gives_the_same_batches(classes):
     def batches(workers):
-        crops = RandomCrops(find(str(classes)), (16, 16), 3, 0, (0.2, 1.0), "random")
-        return list(load(crops, keys(40, 8, 1, 1, 0, 0, 3, 9), workers, pin=False))
+        crops = RandomCrops(open_dataset(str(classes)), (16, 16), 3, 0, (0.2, 1.0), "random")
+        return list(load(crops, batch_keys(40, 8, 1, 1, 0, 0, 3, 9), workers, pin=False))
     for (a, la, _), (b, lb, _) in zip(batches(0), batches(2), strict=True):
         assert a.dtype == torch.uint8 and torch.equal(a, b) and torch.equal(la, lb)
 
@@ -280,22 +291,22 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
     write_images(tmp_path, 6)
     (tmp_path / "002.png").write_bytes(b"not an image")
     (tmp_path / "003.png").write_bytes((tmp_path / "000.png").read_bytes()[:60])
-    crops = RandomCrops(find(str(tmp_path)), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
+    crops = RandomCrops(open_dataset(str(tmp_path)), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
     for index, stand_in in ((2, 4), (3, 4), (1, 1)):            # the stand-in has the crop that is its own
-        img, _, failed = crops[0, index]
-        assert torch.equal(img, crops[0, stand_in][0])
-        assert (failed or "").endswith(f"00{index}.png") == (index != stand_in)
+        imgs, _, failed = crops.__getitems__([(0, index)])
+        assert torch.equal(imgs[0], one(crops, (0, stand_in)))
+        assert [name.endswith(f"00{index}.png") for name in failed] == [True] * (index != stand_in)
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"damaged")
-    img, _, failed = crops[0, 5]                                # none is left to stand in: an empty image, and its name
-    assert not img.any() and failed.endswith("005.png")
+    imgs, _, failed = crops.__getitems__([(0, 5)])              # none is left to stand in: an empty image, and its name
+    assert not imgs.any() and len(failed) == 1 and failed[0].endswith("005.png")
 
 
 def test_unreadable_images_are_collected(tmp_path):
     write_images(tmp_path, 6)
     for name in ("002.png", "003.png"):
         (tmp_path / name).write_bytes(b"damaged")
-    crops = RandomCrops(find(str(tmp_path)), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
+    crops = RandomCrops(open_dataset(str(tmp_path)), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
     _, _, failed = next(iter(load(crops, [[(0, i) for i in range(6)]], 0, pin=False)))
     assert [os.path.basename(name) for name in failed] == ["002.png", "003.png"]
 
@@ -330,15 +341,52 @@ def test_real_images(tmp_path, monkeypatch):
     """500 ImageNet files as they are: grey, an EXIF rotation, an apostrophe, sides from 97 to 1836 pixels; straight
     from the tar, as from the folder, with either decoder."""
     os.symlink(DATA / "imagenet_sample" / "imagenet_sample_a.tar", tmp_path / "sample.tar")
-    source = find(str(tmp_path / "sample.tar"))
+    source = open_dataset(str(tmp_path / "sample.tar"))
     assert len(source) == 500 and len(source.classes) == 500
     odd = [i for i in range(500) if "slipper" in source.name(i)] + list(range(0, 500, 25))
     crops = RandomCrops(source, (64, 64), 3, 0, (0.08, 1.0), "random")
     imgs, _, failed = crops.__getitems__([(0, i) for i in odd])
     assert imgs.shape == (len(odd), 3, 64, 64) and not failed
     subprocess.run(["tar", "xf", tmp_path / "sample.tar", "-C", tmp_path], check=True)
-    folder = Folder(str(tmp_path / "imagenet_sample_a" / "train"), True)
+    folder = Folder(str(tmp_path / "imagenet_sample_a" / "train"))
     crops = RandomCrops(folder, (64, 64), 3, 0, (0.08, 1.0), "random")
     assert torch.equal(crops.__getitems__([(0, i) for i in odd])[0], imgs)
     monkeypatch.setattr(data, "decode_jpeg", None)
     assert torch.equal(crops.__getitems__([(0, i) for i in odd])[0], imgs)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pictures of a run
+
+
+@pytest.mark.parametrize("channels, size", [(3, (32, 48)), (1, (200, 150)), (4, (20, 20)), (2, (20, 20))])
+def test_sheets_show_what_they_are_given(tmp_path, channels, size):
+    columns = {name: torch.randint(0, 256, (3, channels, *size), dtype=torch.uint8) for name in ("first", "second")}
+    save_sheet(columns, "a note", str(tmp_path / "x.png"))
+    page = torch.from_numpy(np.asarray(Image.open(tmp_path / "x.png")).copy()).permute(2, 0, 1)
+    zoom = max(1, round(112 / max(size)))
+    high, wide = (zoom * side + 8 for side in size)             # a cell has a white edge of 4 pixels all around
+    assert page.shape == (3, 3 * high + 36, 2 * wide) and os.listdir(tmp_path) == ["x.png"]
+    for row in range(3):
+        for k, imgs in enumerate(columns.values()):
+            cell = page[:, 18 + row * high:18 + (row + 1) * high, k * wide:(k + 1) * wide]
+            shown = imgs[row, :3] if channels > 2 else imgs[row, :1].expand(3, -1, -1)
+            assert torch.equal(cell[:, 4:-4:zoom, 4:-4:zoom], shown)
+    assert (page[:, :18] < 128).any() and (page[:, -18:] < 128).any()       # titles and note
+
+
+def test_pictures_that_cannot_be_written_do_not_end_a_run(tmp_path, capsys):
+    columns = dict(only=torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    save_sheet(columns, "", str(tmp_path / "nowhere" / "x.png"))
+    assert "x.png could not be drawn" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    draw_curve(str(tmp_path / "nowhere"))
+    assert "loss.png could not be drawn" in capsys.readouterr().out
+    rows = [dict(step=s, epoch=s / 2, loss=float(s), chance=1.0) for s in range(4)] + [dict(step=9, epoch=4, loss=None)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [dict(config={}), *rows])) + '\n{"step": 7, "lo')
+    draw_curve(str(tmp_path))
+    assert Image.open(tmp_path / "loss.png").size == (900, 525)
+    (tmp_path / "loss.png").unlink()
+    (tmp_path / "loss.png").mkdir()
+    draw_curve(str(tmp_path))
+    assert "loss.png could not be drawn" in capsys.readouterr().out

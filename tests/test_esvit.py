@@ -1,41 +1,43 @@
-"""DINO and EsViT: against the recorded reference runs, against the direct forms, and as their users run them."""
+"""DINO and EsViT: against the recorded reference runs, against the direct forms, and as their users run them. Sizes,
+temperatures, rates and options of recordings come from the recordings."""
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from golden import FOLDER, Golden, close, close_grads, needs_golden, read_json
-from test_parity import check_shapes
+from golden import FOLDER, Golden, close, close_grads, each_recording, needs_golden, read_json
+from test_parity import check_shapes, rows_of
 from test_runs import finish, kill_9, rows, start, steps, wait_for
 from textbook import TextbookEsViT
 
 import esvit
-from esvit import (
-    CrossEntropy,
-    DINOHead,
-    EsViT,
-    Network,
-    clipped_step,
-    cosine,
-    match,
-    shares,
-    temperature_at,
-    told,
-)
-from sources import find
-from training import decay_groups, parse
-from vit import MODELS, SWINS, Swin, ViT
-from weights import build_vit, load_into, read, shape_of
+import runtime.run
+from esvit import CrossEntropy, DINOHead, EsViT, Network, cosine, match, pair_weights, temperature_at
+from images.datasets import open_dataset
+from images.multicrop import MultiCrops, crop_groups
+from runtime.options import parse
+from runtime.run import decay_groups, finite_step
+from vit import MODELS, SWINS, Swin, ViT, pair
+from weights import Weights, build, encoder_options, load_encoder, load_into, read, vit_options
+
+CPU = torch.device("cpu")
+
+
+def quiet(_):
+    pass
 
 
 def backbone(c):
+    """The backbone of a recording's config."""
+    channels = c.get("in_chans", 3)
     if "window_size" in c:
-        return Swin(c["img_size"], c["patch_size"], 3, c["embed_dim"], c["depths"], c["num_heads"], c["window_size"],
-                    c["mlp_ratio"], eps=c["norm_eps"])
-    return ViT(c["img_size"], c["patch_size"], 3, c["embed_dim"], c["depth"], c["num_heads"], c["mlp_ratio"],
+        return Swin(c["img_size"], c["patch_size"], channels, c["embed_dim"], c["depths"], c["num_heads"],
+                    c["window_size"], c["mlp_ratio"], eps=c["norm_eps"])
+    return ViT(c["img_size"], c["patch_size"], channels, c["embed_dim"], c["depth"], c["num_heads"], c["mlp_ratio"],
                positions="learned", eps=c["norm_eps"], resize_offset=0.1)
 
 
@@ -47,6 +49,12 @@ def network(c):
 def ours(state):
     """EsViT's files have Swin's tensors bare, beside the heads."""
     return {k if k.startswith(("backbone.", "head")) else f"backbone.{k}": v for k, v in state.items()}
+
+
+def recorded_crops(g, batch=None):
+    """The crops of a recording, or of one of its batches: global ones, and local ones if it has any."""
+    groups = [g(f"input/{kind}") for kind in ("global", "local") if f"input/{kind}" in g]
+    return [x if batch is None else x[batch] for x in groups if x.numel()]
 
 
 def small(kind=Swin, region_weight=0.5, prototypes=24, **options):
@@ -70,12 +78,13 @@ def crops(*groups, batch=3, channels=3):
 # Recorded runs: heads, networks
 
 
-@needs_golden
-@pytest.mark.parametrize("name, unit", [("dino_head_frozen_g", True), ("dino_head_free_g", False)])
-def test_head(name, unit):
+@each_recording("dino_head_*")
+def test_head(name):
     g = Golden(name)
     c = g.config
-    head = DINOHead(c["in_dim"], c["out_dim"], c["hidden_dim"], c["bottleneck_dim"], unit)
+    if c.get("use_bn"):
+        pytest.skip("BatchNorm in the head is not built here")
+    head = DINOHead(c["in_dim"], c["out_dim"], c["hidden_dim"], c["bottleneck_dim"], c["norm_last_layer"])
     head.load_state_dict(g.under("state"))
     x = g("input/x").requires_grad_()
     y = head(x)
@@ -85,99 +94,126 @@ def test_head(name, unit):
     close_grads(head, g.under("grad"), 5e-5)
 
 
-@needs_golden
-def test_multicrop_of_dino():
-    g = Golden("dino_vit_multicrop")
+def logits(head, z):
+    """(B, V, E) -> (V * B, K), the row order of the recordings."""
+    return rearrange(F.linear(z, head.prototypes()), "b v k -> (v b) k")
+
+
+@each_recording("dino_vit_multicrop*")
+def test_multicrop_of_dino(name):
+    g = Golden(name)
     net = network(g.config)
     net.load_state_dict(g.under("state"))
-    groups = [g("input/global"), g("input/local")]
-    seen = net(groups, False)
-    close(rearrange(seen.views, "b v d -> (v b) d"), g("out/features"), 5e-5)
-    y = rearrange(net.head.last_layer(seen.z), "b v k -> (v b) k")
+    groups = recorded_crops(g)
+    outputs = net(groups, False)
+    close(rearrange(outputs.views, "b v d -> (v b) d"), g("out/features"), 5e-5)
+    y = logits(net.head, outputs.z)
     close(y, g("out/y"), 5e-5)
-    alone = net.head.last_layer(net(groups[:1], False).z)
-    close(rearrange(alone, "b v k -> (v b) k"), g("out/y_global_only"), 5e-5)
+    close(logits(net.head, net(groups[:1], False).z), g("out/y_global_only"), 5e-5)
     (y * g("input/grad_out")).sum().backward()
     close_grads(net, g.under("grad"), 2e-4)
-    vit, img = net.backbone, groups[0][0]
-    depth = len(vit.blocks)
-    close(vit.encode(img, logits_of=(depth,))[1][0].softmax(-1), g("out/last_attention_global0"), 5e-5)
-    x, last = vit.embed(img), []
+    vit, normed = net.backbone, []
+    x = vit.embed(groups[0][0])
     for block in vit.blocks:
+        attention = block.attn.logits(block.norm1(x)).softmax(-1)
         x = block(x)
-        last.append(vit.norm(x))
-    close(torch.stack(last[-2:]), g("out/last2_blocks_global0"), 5e-5)
+        normed.append(vit.norm(x))
+    close(attention, g("out/last_attention_global0"), 5e-5)
+    last = g("out/last2_blocks_global0")
+    close(torch.stack(normed[-len(last):]), last, 5e-5)
 
 
-@needs_golden
-def test_multicrop_of_esvit():
-    g = Golden("esvit_multicrop")
+@each_recording("esvit_multicrop*")
+def test_multicrop_of_esvit(name):
+    g = Golden(name)
     net = network(g.config)
     net.load_state_dict(ours(g.under("state")))
-    groups = [g("input/global"), g("input/local")]
+    groups = recorded_crops(g)
 
-    def published(seen):
-        """Row orders of the recording: crop, image, region."""
+    def published(outputs):
+        """Logits of views and regions, features of regions, in the row order of the recording: crop, image, region."""
         regions, features, first = [], [], 0
-        logits = net.head_dense.last_layer(seen.z_regions)
-        for n, t in seen.layout:
-            part = slice(first, first := first + n * t)
-            for x, found in ((logits[:, part], regions), (seen.regions[:, part], features)):
-                found.append(rearrange(x, "b (n t) k -> (n b t) k", n=n))
-        return rearrange(net.head.last_layer(seen.z), "b v k -> (v b) k"), torch.cat(regions), torch.cat(features)
+        all_logits = F.linear(outputs.z_regions, net.head_dense.prototypes())
+        for n, t in outputs.layout:
+            part = slice(first, first + n * t)
+            first += n * t
+            for x, found in ((all_logits, regions), (outputs.regions, features)):
+                found.append(rearrange(x[:, part], "b (n t) k -> (n b t) k", n=n))
+        return logits(net.head, outputs.z), torch.cat(regions), torch.cat(features)
 
-    seen = net(groups, True)
-    assert [t for _, t in seen.layout] == g("out/npatch").tolist()
-    cls, region, features = published(seen)
-    for found, key in ((cls, "cls"), (region, "region"), (features, "region_features"), (cls, "view_only_cls")):
+    outputs = net(groups, True)
+    assert [t for _, t in outputs.layout] == g("out/npatch").tolist()
+    cls, region, features = published(outputs)
+    for found, key in ((cls, "cls"), (region, "region"), (features, "region_features")):
         close(found, g(f"out/{key}"), 5e-5)
-    alone = published(net(groups[:1], True))
-    close(alone[0], g("out/global_only_cls"), 5e-5)
-    close(alone[1], g("out/global_only_region"), 5e-5)
+    close(logits(net.head, net(groups, False).z), g("out/view_only_cls"), 5e-5)
+    alone = net(groups[:1], True)
+    assert [t for _, t in alone.layout] == g("out/global_only_npatch").tolist()
+    close(published(alone)[0], g("out/global_only_cls"), 5e-5)
+    close(published(alone)[1], g("out/global_only_region"), 5e-5)
     wave = [f(torch.arange(x.numel(), dtype=torch.float64)).float().view_as(x)
             for f, x in ((torch.cos, cls), (torch.sin, region))]
     ((cls * wave[0]).sum() + (region * wave[1]).sum()).backward()
-    close_grads(net, {k: v for k, v in ours(g.under("grad")).items()}, 2e-4)
+    close_grads(net, ours(g.under("grad")), 2e-4)
+
+
+def has_head(state):
+    """Is this a head, or a network with heads? BatchNorm in the head is not built here."""
+    return any("last_layer" in name for name in state) and not any("running_mean" in name for name in state)
 
 
 @needs_golden
-@pytest.mark.parametrize("dim", [192, 384, 768])
-def test_shapes_of_dino(dim):
+@pytest.mark.parametrize("file, row", rows_of("shapes_*", has_head))
+def test_shapes(file, row):
+    """Published heads, and networks with heads: built from their shapes, they have the same names and parameters."""
+    want = read_json(file)[row]
+    alone = not any("patch_embed" in name for name, *_ in want["state"])
+    if not alone:
+        want["state"] = [(next(iter(ours({name: 0}))), *rest) for name, *rest in want["state"]]
+    state = {name: torch.empty(shape, device="meta") for name, shape, *_ in want["state"]}
+    head = "" if alone else "head."
+    (hidden, dim), (bottleneck, _) = state[f"{head}mlp.0.weight"].shape, state[f"{head}mlp.4.weight"].shape
+    prototypes = len(state[f"{head}last_layer.weight_v"])
+    trained = {name for name, _, _, grad in want["state"] if grad}
+    options = dict(hidden=hidden, bottleneck=bottleneck, unit=f"{head}last_layer.weight_g" not in trained)
     with torch.device("meta"):
-        check_shapes(DINOHead(dim, 65536), read_json("shapes_dino")[f"DINOHead({dim},65536)"])
-        name = {192: "tiny", 384: "small", 768: "base"}[dim]
-        vit = ViT(**MODELS[f"vit_{name}"], positions="learned")
-        check_shapes(vit, read_json("shapes_dino")[f"vit_{name}_patch16"])
-        if dim == 384:
-            check_shapes(Network(vit, 65536, False),
-                         read_json("shapes_dino")["MultiCropWrapper(vit_small_patch16,DINOHead(384,65536))"])
+        if alone:
+            check_shapes(DINOHead(dim, prototypes, **options), want)
+            return
+        bare = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        inside = encoder_options(Weights(bare, {}, "", row), heads=1)
+        if "depths" not in inside:
+            inside["positions"] = "learned"
+        dense = any(name.startswith("head_dense.") for name in state)
+        check_shapes(Network(build(inside), prototypes, dense, **options), want)
+    for name, published in (SWINS | MODELS).items():
+        if name in row:                                         # our tables have the published sizes
+            assert all(inside[k] == published[k] for k in ("dim", "depth", "depths") if k in published)
 
 
 @needs_golden
-def test_shapes_and_groups_of_esvit():
-    with torch.device("meta"):
-        net = Network(Swin(**SWINS["swin_tiny"]), 65536)
-    want = read_json("shapes_esvit")["swin_tiny_w7_with_view_and_region_heads(65536)"]
-    want["state"] = [(next(iter(ours({row[0]: 0}))), *row[1:]) for row in want["state"]]
-    check_shapes(net, want)
-    check_groups(net, read_json("paramgroups_esvit")["swin_tiny/norm_last_layer=True"])
+@pytest.mark.parametrize("file, row", [(file, row) for file in ("paramgroups_dino", "paramgroups_esvit")
+                                       for row in (read_json(file) if (FOLDER / f"{file}.json").exists() else ())])
+def test_groups(file, row):
+    """Which parameters the published optimizer decays, and which it does not have; the names tell the network."""
+    want = read_json(file)[row]
+    groups, left = ours(want["groups"]), set(ours(dict.fromkeys(want["not_in_optimizer"])))
+    names = set(groups) | left
 
-
-@needs_golden
-@pytest.mark.parametrize("unit", [True, False])
-def test_groups_of_dino(unit):
-    with torch.device("meta"):
-        net = Network(ViT(**MODELS["vit_small"], positions="learned"), 65536, False, unit=unit)
-    check_groups(net, read_json("paramgroups_dino")[f"vit_small/norm_last_layer={unit}"])
-
-
-def check_groups(net, want):
+    def count(pattern):
+        return len({found[0] for found in (re.match(pattern, name) for name in names) if found})
+    if count(r"backbone\.layers\.\d+"):
+        depths = [count(rf"backbone\.layers\.{s}\.blocks\.\d+") for s in range(count(r"backbone\.layers\.\d+"))]
+        inside = Swin(2 ** (2 + len(depths)), 2, dim=4, depths=depths, heads=(1,) * len(depths), window=2)
+    else:
+        inside = ViT(8, 4, dim=4, depth=count(r"backbone\.blocks\.\d+"), heads=1, positions="learned")
+    dense = any(name.startswith("head_dense.") for name in names)
+    net = Network(inside, 8, dense, hidden=4, bottleneck=4, unit="head.last_layer.weight_g" in left)
     names = {p: name for name, p in net.named_parameters()}
     plain, decayed = ({names[p] for p in group["params"]} for group in decay_groups(net, 0.04))
-    scheduled = {k: v["weight_decay_scheduled"] for k, v in ours(want["groups"]).items()}
+    scheduled = {k: v["weight_decay_scheduled"] for k, v in groups.items()}
     assert decayed == {k for k, v in scheduled.items() if v} and plain == {k for k, v in scheduled.items() if not v}
-    left = {k for k, p in net.named_parameters() if not p.requires_grad}
-    assert left == set(ours(dict.fromkeys(want["not_in_optimizer"])))
+    assert left == {k for k, p in net.named_parameters() if not p.requires_grad}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -188,46 +224,47 @@ def temperatures(c):
     return c["warmup_teacher_temp"], c["teacher_temp"], c["warmup_teacher_temp_epochs"]
 
 
-def cross_entropy(student, teacher, centre, temperature, share, student_temp=0.1):
+def cross_entropy(student, teacher, center, temperature, weights, student_temp):
     """The chunked loss of given logits: prototypes are the axes."""
     eye = torch.eye(student.shape[-1])
-    return CrossEntropy.apply(student, eye, teacher, eye, centre, (student_temp, temperature), share / len(student))
+    return CrossEntropy.apply(student, eye, teacher, eye, center, (student_temp, temperature), weights / len(student))
 
 
-def recentred(centre, teacher):
+def moved_center(center, teacher, keep):
     """A step of one centre, from the teacher's logits."""
     model = small(region_weight=0)
-    model.dino_loss.center = centre.clone()
-    model.recentre([teacher.flatten(0, -2).mean(0, keepdim=True)], torch.zeros(()))
+    model.dino_loss.center = center.clone()
+    model.update_center(teacher.flatten(0, -2).mean(0, keepdim=True).unsqueeze(0), torch.zeros(()), keep)
     return model.dino_loss.center
 
 
-@needs_golden
-def test_loss_of_dino():
-    g = Golden("dino_loss")
+@each_recording("dino_loss*")
+def test_loss_of_dino(name):
+    g = Golden(name)
     c = g.config
-    centre, V = torch.zeros(1, c["out_dim"]), 2 + c["n_local"]
-    pairs = shares(((2, 1), (c["n_local"], 1)), torch.device("cpu"))[0].expand(c["batch"], -1, -1)
+    center, V = torch.zeros(1, c["out_dim"]), 2 + c["n_local"]
+    pairs = pair_weights(((2, 1), (c["n_local"], 1)), CPU)[0].expand(c["batch"], -1, -1)
     for i, epoch in enumerate(c["epochs"]):
         student = rearrange(g("input/student")[i], "(v b) k -> b v k", v=V).requires_grad_()
         teacher = rearrange(g("input/teacher")[i], "(v b) k -> b v k", v=2)
-        loss = cross_entropy(student, teacher, centre, temperature_at(epoch, *temperatures(c)), pairs)
+        loss = cross_entropy(student, teacher, center, temperature_at(epoch, *temperatures(c)), pairs,
+                             c["student_temp"])
         close(loss, g("out/loss")[i], 1e-5)
         loss.backward()
         close(rearrange(student.grad, "b v k -> (v b) k"), g("out/grad_student")[i], 1e-5)
-        centre = recentred(centre, teacher)
-        close(centre, g("out/center_after")[i], 1e-5)
+        center = moved_center(center, teacher, c["center_momentum"])
+        close(center, g("out/center_after")[i], 1e-5)
     temps = [temperature_at(e, *temperatures(c)) for e in range(c["nepochs"])]
     assert temps == pytest.approx(g("out/teacher_temp_schedule").tolist(), rel=1e-12)
 
 
-@needs_golden
-def test_loss_of_esvit():
-    g = Golden("esvit_ddino_loss")
+@each_recording("esvit_ddino_loss*")
+def test_loss_of_esvit(name):
+    g = Golden(name)
     c = g.config
     V, B, local, tokens = 2 + c["n_local"], c["batch"], c["n_local"], (c["npatch_global"], c["npatch_local"])
-    pairs, of_regions = shares(((2, tokens[0]), (local, tokens[1])), torch.device("cpu"))
-    centres = [torch.zeros(1, c["out_dim"]) for _ in range(2)]
+    pairs, per_region = pair_weights(((2, tokens[0]), (local, tokens[1])), CPU)
+    centers = [torch.zeros(1, c["out_dim"]) for _ in range(2)]
 
     def by_image(x):
         """(crop, image, region) rows -> (B, R, ...)"""
@@ -246,21 +283,23 @@ def test_loss_of_esvit():
             for crop in set(range(V)) - {view}:
                 want = g(f"out/match_step{i}_teacher{view}_student{crop}")
                 assert torch.equal(which[:, starts[crop]:starts[crop + 1], view], want)
-        share = torch.einsum("ri,brij->brij", of_regions, F.one_hot(which, tokens[0]).float()).flatten(2)
-        loss = 0.5 * cross_entropy(rearrange(views, "(v b) k -> b v k", v=V), t_views, centres[0], temperature,
-                                   pairs.expand(B, -1, -1))
-        loss = loss + 0.5 * cross_entropy(by_image(regions), t_regions.flatten(1, 2), centres[1], temperature, share)
+        weights = torch.einsum("ri,brij->brij", per_region, F.one_hot(which, tokens[0]).float()).flatten(2)
+        loss = 0.5 * cross_entropy(rearrange(views, "(v b) k -> b v k", v=V), t_views, centers[0], temperature,
+                                   pairs.expand(B, -1, -1), c["student_temp"])
+        loss = loss + 0.5 * cross_entropy(by_image(regions), t_regions.flatten(1, 2), centers[1], temperature, weights,
+                                          c["student_temp"])
         close(loss, g("out/loss")[i], 1e-5)
         loss.backward()
         close(views.grad, g("out/grad_student_cls")[i], 1e-5)
         close(regions.grad, g("out/grad_student_region")[i], 1e-5)
-        for k, (teacher, name) in enumerate(((t_views, "center"), (t_regions, "center_grid"))):
-            centres[k] = recentred(centres[k], teacher)
-            close(centres[k], g(f"out/{name}_after")[i], 1e-5)
+        for k, (teacher, key) in enumerate(((t_views, "center"), (t_regions, "center_grid"))):
+            centers[k] = moved_center(centers[k], teacher, c["center_momentum"])
+            close(centers[k], g(f"out/{key}_after")[i], 1e-5)
+    temps = [temperature_at(e, *temperatures(c)) for e in range(c["nepochs"])]
+    assert temps == pytest.approx(g("out/teacher_temp_schedule").tolist(), rel=1e-12)
 
 
-@needs_golden
-@pytest.mark.parametrize("name", ["schedule_dino", "schedule_esvit"])
+@each_recording("schedule_dino*", "schedule_esvit*")
 def test_schedules(name):
     g = Golden(name)
     for i, c in enumerate(g.config["cases"]):
@@ -272,31 +311,36 @@ def test_schedules(name):
         np.testing.assert_allclose(found, g.arrays[f"out/teacher_temp_{i}"], rtol=1e-12)
 
 
-def still(net):
-    return [p for name, p in net.named_parameters() if ".last_layer." in name]
+def freeze(net):
+    """What the loop does in the first epochs."""
+    torch.nn.ModuleList([m for name, m in net.named_modules() if name.endswith("last_layer")]).zero_grad()
 
 
-@needs_golden
-def test_clipping_and_freezing():
-    g = Golden("dino_clip_freeze")
+@each_recording("dino_clip_freeze*")
+def test_clipping_and_freezing(name):
+    """Every tensor by itself. Prototypes lose their gradients before, not after: the others do not notice."""
+    g = Golden(name)
     c = g.config
     net = network(c)
     names = dict(net.named_parameters())
-    for name, grad in g.under("input/grads").items():
-        names[name].grad = grad.clone()
-    norms = {name: p.grad.norm().item() for name, p in names.items()}
+    for key, grad in g.under("input/grads").items():
+        names[key].grad = grad.clone()
+    norms = {key: p.grad.norm().item() for key, p in names.items() if p.grad is not None}
     assert list(norms.values()) == pytest.approx(g("out/norms_in_named_parameters_order").tolist(), rel=1e-5)
+    if c["epoch"] < c["freeze_last_layer"]:
+        freeze(net)
+    none = {key for key, p in names.items() if p.grad is None}
+    assert none & set(norms) == set(json.loads(str(g.arrays["out/none_grads"])))
     optimizer = torch.optim.AdamW(net.parameters(), 0.0, fused=True)
-    norm, skipped = clipped_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), c["clip"], still(net))
-    assert not skipped and norm.item() == pytest.approx(math.hypot(*norms.values()), rel=1e-5)
-    assert {k for k, p in names.items() if p.grad is None} == set(json.loads(str(g.arrays["out/none_grads"])))
+    norm, skipped = finite_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), c["clip"], per_tensor=True)
+    rest = [value for key, value in norms.items() if key not in none]
+    assert not skipped and norm.item() == pytest.approx(math.hypot(*rest), rel=1e-5)
     close_grads(net, g.under("grad"), 5e-5)
 
 
-@needs_golden
-@pytest.mark.parametrize("name", ["traj_dino", "traj_esvit"])
+@each_recording("traj_dino*", "traj_esvit*")
 def test_trajectory(name):
-    """Thirty steps: crops, losses, clipping, freezing, three schedules, the teacher, centres."""
+    """Many steps: crops, losses, clipping, freezing, three schedules, the teacher, centres."""
     g = Golden(name)
     c = g.config
     dense = "window_size" in c
@@ -315,22 +359,22 @@ def test_trajectory(name):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.param_groups[1]["weight_decay"] = wd
-        loss, found = model([g("input/global")[batch], g("input/local")[batch]],
-                            temperature_at(epoch, *temperatures(c)), dense)
+        loss, found = model(recorded_crops(g, batch), temperature_at(epoch, *temperatures(c)), dense)
         loss.backward()
         norms = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None])
         want = g("out/grad_norms_before_clip")[step]
         assert (norms - want).abs().max() <= 2e-3 * want.max()
-        _, skipped = clipped_step(optimizer, scaler, c["clip_grad"],
-                                  still(student) if epoch < c["freeze_last_layer"] else ())
-        model.follow(momentum)
-        model.recentre(found["means"], skipped)
+        if epoch < c["freeze_last_layer"]:
+            freeze(student)
+        _, skipped = finite_step(optimizer, scaler, c["clip_grad"], per_tensor=True)
+        model.update_ema(momentum)
+        model.update_center(found["means"], skipped, c["center_momentum"])
         optimizer.zero_grad()
         reference = g("out/loss")[step].item()
         assert abs(loss.item() - reference) <= max(20 * g("dev64/out/loss")[step].item(), 1e-5 * reference), step
-        for key, centre in model.dino_loss.named_buffers():
-            if f"out/{key}" in g.arrays:
-                close(centre, g(f"out/{key}")[step], 1e-3)
+        for key, center in model.dino_loss.named_buffers():
+            if f"out/{key}" in g:
+                close(center, g(f"out/{key}")[step], 1e-3)
     for who, net in (("student", student), ("teacher", teacher)):
         state, dev = net.state_dict(), ours(g.under(f"dev64/after/{who}"))
         for key, after in ours(g.under(f"after/{who}")).items():
@@ -348,16 +392,16 @@ def test_chunked_loss_is_the_direct_one(monkeypatch, few):
     torch.manual_seed(0)
     B, R, M, E, K = 3, 5, 4, 6, 40
     z, w = torch.randn(B, R, E, dtype=torch.float64), torch.randn(K, E, dtype=torch.float64)
-    z_t, w_t, centre = torch.randn(B, M, E).double(), torch.randn(K, E).double(), torch.randn(1, K).double()
-    share = torch.rand(B, R, M).double() * (torch.rand(B, R, M) < 0.4)
-    p = ((z_t @ w_t.T - centre) / 0.05).softmax(-1)
+    z_t, w_t, center = torch.randn(B, M, E).double(), torch.randn(K, E).double(), torch.randn(1, K).double()
+    weights = torch.rand(B, R, M).double() * (torch.rand(B, R, M) < 0.4)
+    p = ((z_t @ w_t.T - center) / 0.05).softmax(-1)
     with torch.enable_grad():
         z1, w1 = z.clone().requires_grad_(), w.clone().requires_grad_()
-        direct = (share * -torch.einsum("bmk,brk->brm", p, (z1 @ w1.T / 0.1).log_softmax(-1))).sum()
+        direct = (weights * -torch.einsum("bmk,brk->brm", p, (z1 @ w1.T / 0.1).log_softmax(-1))).sum()
         (2.5 * direct).backward()
     monkeypatch.setattr(esvit, "AT_ONCE", dict(cpu=few, cuda=few))
     z2, w2 = z.clone().requires_grad_(), w.clone().requires_grad_()
-    ours = CrossEntropy.apply(z2, w2, z_t, w_t, centre, (0.1, 0.05), share)
+    ours = CrossEntropy.apply(z2, w2, z_t, w_t, center, (0.1, 0.05), weights)
     (2.5 * ours).backward()
     for a, b in ((ours, direct), (z2.grad, z1.grad), (w2.grad, w1.grad)):
         torch.testing.assert_close(a, b)
@@ -365,21 +409,27 @@ def test_chunked_loss_is_the_direct_one(monkeypatch, few):
         ours.backward()
 
 
+OLD_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+
+
+def renamed(state):
+    """A state dict in the old spelling of weight_norm's names, which public files have, and ours."""
+    for new, usual in OLD_NAMES.items():
+        state = {k.replace(new, usual): v for k, v in state.items()}
+    return state
+
+
 def book(model):
-    """The textbook's form of a model with its weights; weight_norm's new names are read and written."""
+    """The textbook's form of a model with its weights, under weight_norm's new names."""
     config = model.student.backbone.config
     head = model.student.head
     ref = TextbookEsViT(len(head.last_layer.weight_g), head.mlp[0].out_features, head.mlp[4].out_features,
                         **{k: config[k] for k in ("patch_size", "dim", "depths", "heads", "window")},
                         img_size=config["img_size"][0])
-    old = {"last_layer.weight_g": "last_layer.parametrizations.weight.original0",
-           "last_layer.weight_v": "last_layer.parametrizations.weight.original1"}
     for net, theirs in ((model.student, ref.student), (model.teacher, ref.teacher)):
         state = net.state_dict()
-        for short, long in old.items():
-            state = {k.replace(short, long): v for k, v in state.items()}
-        theirs.load_state_dict(state)
-        net.load_state_dict(theirs.state_dict())
+        names = theirs.state_dict()
+        theirs.load_state_dict({new: state[usual] for new, usual in zip(names, renamed(names))})
     return ref
 
 
@@ -393,10 +443,9 @@ def test_whole_step_is_the_textbook_one():
         torch.testing.assert_close(loss, want)
         model.zero_grad(), ref.zero_grad()
         loss.backward(), want.backward()
-        theirs = {k.replace("parametrizations.weight.original0", "weight_g").replace(
-            "parametrizations.weight.original1", "weight_v"): p.grad for k, p in ref.student.named_parameters()}
+        theirs = renamed({k: p.grad for k, p in ref.student.named_parameters()})
         close_grads(model.student, theirs, 5e-5)
-        model.recentre(found["means"], torch.zeros(()))
+        model.update_center(found["means"], torch.zeros(()))
         torch.testing.assert_close(model.dino_loss.center, ref.center)
         torch.testing.assert_close(model.dino_loss.center_grid, ref.center_grid)
 
@@ -412,8 +461,8 @@ def test_parts_of_a_batch_are_the_batch():
     for half in range(2):
         loss, found = model([x[:, 2 * half:2 * half + 2] for x in whole], 0.05, True)
         (loss / 2).backward()
-        halves = halves + torch.stack(found["means"]) / 2
-    torch.testing.assert_close(halves, torch.stack(means))
+        halves = halves + found["means"] / 2
+    torch.testing.assert_close(halves, means)
     for name, grad in want.items():
         torch.testing.assert_close(dict(model.student.named_parameters())[name].grad, grad, msg=name)
 
@@ -426,8 +475,9 @@ def test_any_crops_and_backbone(kind, region_weight, groups):
     model = small(kind, region_weight)
     dense = region_weight > 0
     loss, found = model(crops(*groups), 0.05, dense)
-    parts = found["view"] if not dense else (1 - region_weight) * found["view"] + region_weight * found["region"]
-    torch.testing.assert_close(loss.detach(), parts)
+    parts = found["parts"]
+    want = (1 - region_weight) * parts["view"] + region_weight * parts["region"] if dense else parts["view"]
+    torch.testing.assert_close(loss.detach(), want)
     loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
     idle = [n for n, p in model.student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
@@ -435,9 +485,9 @@ def test_any_crops_and_backbone(kind, region_weight, groups):
     assert len(found["means"]) == 1 + dense
 
 
-def test_shares():
+def test_pair_weights():
     """18 pairs of 2 + 8 crops, none with itself; a region's share is its crop's, divided."""
-    views, regions = shares(((2, 49), (8, 9)), torch.device("cpu"))
+    views, regions = pair_weights(((2, 49), (8, 9)), CPU)
     assert (views > 0).sum() == 18 and views[0, 0] == views[1, 1] == 0 and views.sum() == pytest.approx(1)
     assert regions.shape == (170, 2) and regions.sum() == pytest.approx(1)
     assert torch.equal(regions[:49], views[:1].expand(49, -1) / 49) and torch.equal(regions[-1], views[-1] / 9)
@@ -458,12 +508,13 @@ def test_numbers_at_the_start():
     assert sum(p.numel() for p in head.parameters()) == 22_352_128
     logits = head(torch.randn(16, 384)).detach()
     assert logits.std().item() == pytest.approx(1 / 16, rel=0.1) and len(logits) == 16
-    eye = head.last_layer.weight()
-    assert torch.allclose(eye.norm(dim=1), torch.ones(1))
+    prototypes = head.prototypes()
+    assert torch.allclose(prototypes.norm(dim=1), torch.ones(1))
     z, others = (F.normalize(torch.randn(8, 2, 256), dim=-1) for _ in range(2))
     pairs = torch.tensor([[0.0, 0.5], [0.5, 0.0]]).expand(8, -1, -1) / 8
     for student, teacher in ((z, others), (z, z)):
-        loss = CrossEntropy.apply(student, eye, teacher, eye.detach(), torch.zeros(1, 65536), (0.1, 0.04), pairs)
+        loss = CrossEntropy.apply(student, prototypes, teacher, prototypes.detach(), torch.zeros(1, 65536), (0.1, 0.04),
+                                  pairs)
         assert 10.2 < loss < 11.4
 
 
@@ -472,12 +523,12 @@ def test_published_rates():
     assert cosine(49, 50, 1e-3, 1e-6, 10) == pytest.approx(2.54e-6, rel=1e-2)
 
 
-def test_a_skipped_step_moves_no_centre():
+def test_a_skipped_step_moves_no_center():
     model = small()
     bad = torch.full((2, 1, 24), float("nan"))
-    model.recentre(bad, torch.ones(()))
+    model.update_center(bad, torch.ones(()))
     assert not model.dino_loss.center.any() and not model.dino_loss.center_grid.any()
-    model.recentre(torch.ones(2, 1, 24), torch.zeros(()))
+    model.update_center(torch.ones(2, 1, 24), torch.zeros(()))
     assert torch.allclose(model.dino_loss.center_grid, torch.tensor(0.1))
 
 
@@ -489,7 +540,7 @@ def test_a_bad_gradient_skips_the_step():
         for p in model.student.parameters():
             p.grad = torch.ones_like(p) if p.requires_grad else None
         model.student.backbone.norm.weight.grad[0] = value
-        _, skipped = clipped_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), 3.0)
+        _, skipped = finite_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), 3.0, per_tensor=True)
         assert skipped == want
         assert all(torch.equal(a, b) for a, b in zip(before, model.student.parameters())) == bool(want)
 
@@ -498,15 +549,15 @@ def test_collapse_is_named():
     """One feature for all images: rank 1. A teacher that says the same of all: entropy ln K, or 0."""
     model = small(region_weight=0)
     z = F.normalize(torch.randn(3, 2, 6), dim=-1)
-    found = dict(seen=torch.randn(32, 4, 8), z=z, view=torch.tensor(2.0))
-    healthy = told(model, found, 0.05)
+    found = dict(views=torch.randn(32, 4, 8), z=z, parts=dict(view=torch.tensor(2.0)))
+    healthy = model.metrics(found, 0.05)
     assert healthy["rank"] > 5 and 0 < healthy["entropy"] < healthy["chance"] == math.log(24)
-    assert healthy["kl"] == found["view"] - healthy["entropy"]
-    assert told(model, dict(found, seen=torch.ones(32, 4, 8)), 0.05)["rank"] == pytest.approx(1, abs=1e-3)
-    assert told(model, found, 1e3)["entropy"] == pytest.approx(math.log(24), abs=1e-3)
-    assert told(model, found, 1e-4)["entropy"] == pytest.approx(0, abs=1e-2)
+    assert healthy["kl"] == found["parts"]["view"] - healthy["entropy"]
+    assert model.metrics(dict(found, views=torch.ones(32, 4, 8)), 0.05)["rank"] == pytest.approx(1, abs=1e-3)
+    assert model.metrics(found, 1e3)["entropy"] == pytest.approx(math.log(24), abs=1e-3)
+    assert model.metrics(found, 1e-4)["entropy"] == pytest.approx(0, abs=1e-2)
     model.dino_loss.center[:] = 3.0
-    assert told(model, found, 0.05)["centre"] == pytest.approx(3 * 24 ** 0.5)
+    assert model.metrics(found, 0.05)["centre"] == pytest.approx(3 * 24 ** 0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -515,11 +566,12 @@ def test_collapse_is_named():
 
 def test_crops_of_one_decoded_image(classes):
     """Each image is decoded once; crops follow from (seed, epoch, index) alone, whatever else is in the batch."""
-    source = find(str(classes))
+    source = open_dataset(str(classes))
     reads, read = [], source.read
     source.read = lambda i: reads.append(i) or read(i)
-    crops = esvit.MultiCrops(source, [(2, (16, 16), (0.4, 1.0)), (3, (8, 12), (0.05, 0.4)), (1, (4, 4), (0.05, 0.4))],
-                             3, seed=1)
+    groups = crop_groups((16, 16), (0.4, 1.0), (3, 0, 1), ("8x12", "6", "4"), (0.05, 0.4))
+    assert groups == [(2, (16, 16), (0.4, 1.0)), (3, (8, 12), (0.05, 0.4)), (1, (4, 4), (0.05, 0.4))]
+    crops = MultiCrops(source, groups, 3, seed=1)
     (big, small_, tiny), labels, failed = crops.__getitems__([(0, 3), (0, 5)])
     assert reads == [3, 5] and not failed and labels.tolist() == [0, 0]
     assert (big.shape, small_.shape, tiny.shape) == ((2, 2, 3, 16, 16), (3, 2, 3, 8, 12), (1, 2, 3, 4, 4))
@@ -537,7 +589,7 @@ def test_views_of_each_kind(monkeypatch):
     drawn, plain = [], esvit.recolour
     monkeypatch.setattr(esvit, "recolour", lambda img, c, *a: drawn.append((img.clone(), c)) or plain(img, c, *a))
     crops = [torch.randint(256, (2, 500, 3, 12, 12), dtype=torch.uint8), torch.zeros(3, 500, 3, 8, 8).byte()]
-    big, local = esvit.recoloured([c.clone() for c in crops], (0.0,) * 3, (1.0,) * 3)
+    big, local = esvit.recolour_crops([c.clone() for c in crops], (0.0,) * 3, (1.0,) * 3)
     assert big.shape == crops[0].shape and local.shape == crops[1].shape and 0 <= big.min() and big.max() <= 1
     (img, of_big), (_, of_local) = drawn
     blurred, solarised = ((x.view(2, 500) > 0).float().mean(1).tolist() for x in (of_big.radius, of_big.solarize))
@@ -553,36 +605,50 @@ def test_views_of_each_kind(monkeypatch):
 # Files
 
 
-def quiet(_):
-    pass
-
-
-@needs_golden
-def test_file_of_esvit():
-    g = Golden("ckpt_esvit")
-    path = str(FOLDER / g.config["checkpoint"])
+@each_recording("ckpt_esvit*")
+def test_file_of_esvit(name):
+    g = Golden(name)
+    c, path = g.config, str(FOLDER / g.config["checkpoint"])
+    shape = dict(img_size=pair(c["img_size"]), window=c["window_size"])
     for who in ("teacher", "student"):
-        model = build_vit(f"{path}:{who}", say=quiet)
+        model = load_encoder(f"{path}:{who}", say=quiet, **shape)
         close(model.features(g("input/imgs")), g(f"out/cls_{who}"), 2e-5)
         close(model.encode(g("input/imgs")), g(f"out/region_{who}"), 2e-5)
-    assert model.config["img_size"] == (16, 16) and model.config["eps"] == 1e-6
+        assert model.config["eps"] == c["norm_eps"]             # known without being stored
+    # Nor is the image's size: it is taken to be the one at which the last stage is one window, as in published files.
+    side = c["window_size"] * c["patch_size"] * 2 ** (len(c["depths"]) - 1)
+    if c["img_size"] == side:
+        assert load_encoder(path, say=quiet).config["img_size"] == (side, side)
 
 
-@needs_golden
-@pytest.mark.parametrize("name", ["ckpt_dino", "ckpt_esvit"])
-def test_official_files_start_a_run(name, capsys):
-    """--init: backbone and heads of the file, in student and teacher; then the features are the recorded ones."""
+@each_recording("ckpt_dino*", "ckpt_esvit*")
+def test_official_files_start_a_run(name, capsys, tmp_path):
+    """--init: backbone and heads of the file, in student and teacher; then the features are the recorded ones. Newer
+    names of weight_norm are read as well."""
     g = Golden(name)
-    model = EsViT(network(g.config), network(g.config))
     path = str(FOLDER / g.config["checkpoint"])
-    esvit.start_from(model, path, print)
-    text = capsys.readouterr().out
-    assert ": head as well" in text and (": head_dense as well" in text) == (name == "ckpt_esvit")
-    key = "features" if name == "ckpt_dino" else "cls"
-    close(model.student.backbone.features(g("input/imgs")), g(f"out/{key}_teacher"), 2e-5)
     stored = ours(torch.load(path, weights_only=False)["teacher"])
-    for net in (model.student, model.teacher):
-        assert all(torch.equal(v, stored[k]) for k, v in net.state_dict().items())
+    newer = {k.replace(usual, new): v for k, v in stored.items() for new, usual in OLD_NAMES.items() if usual in k}
+    torch.save(dict(teacher={k: v for k, v in stored.items() if "last_layer" not in k} | newer), tmp_path / "new.pth")
+    for file in (path, str(tmp_path / "new.pth")):
+        model = EsViT(network(g.config), network(g.config))
+        esvit.load_init(model, file)
+        count = sum(k.startswith("head") for k in stored)
+        assert f"of the heads, {count} tensors as well" in capsys.readouterr().out
+        key = "cls" if "out/cls_teacher" in g else "features"
+        close(model.student.backbone.features(g("input/imgs")), g(f"out/{key}_teacher"), 2e-5)
+        for net in (model.student, model.teacher):
+            assert all(torch.equal(v, stored[k]) for k, v in net.state_dict().items())
+
+
+def test_heads_of_another_size_stay_fresh(tmp_path):
+    """--init takes of the heads what fits."""
+    old, new = small(prototypes=24), small(prototypes=16)
+    torch.save(dict(teacher=old.student.state_dict()), tmp_path / "last.pt")
+    fresh = new.student.head.last_layer.weight_v.clone()
+    esvit.load_init(new, str(tmp_path / "last.pt"))
+    assert torch.equal(new.teacher.head.mlp[0].weight, old.student.head.mlp[0].weight)
+    assert torch.equal(new.teacher.head.last_layer.weight_v, fresh)
 
 
 def test_windows_of_another_size(tmp_path, capsys):
@@ -597,10 +663,10 @@ def test_windows_of_another_size(tmp_path, capsys):
     table, other = (m.layers[1].blocks[0].attn.relative_position_bias_table for m in (old, new))
     want = F.interpolate(table.T.view(1, 4, 7, 7), (15, 15), mode="bicubic", align_corners=False)
     torch.testing.assert_close(other, want.view(4, -1).T)
-    same = build_vit(str(tmp_path / "swin.pth"), say=quiet)
+    same = load_encoder(str(tmp_path / "swin.pth"), say=quiet)
     assert same.config["eps"] == 1e-5 and same.config["window"] == 4 and same.config["img_size"] == (16, 16)
     with pytest.raises(SystemExit, match="is a Swin, and here a plain"):
-        shape_of(file)
+        vit_options(file)
     with pytest.raises(SystemExit, match="does not fit"):
         load_into(ViT(img_size=32, patch_size=4, dim=16, depth=2, heads=2), file, quiet)
 
@@ -618,7 +684,7 @@ def brief(monkeypatch):
     """Runs in this process are of even smaller networks, and draw no curve."""
     monkeypatch.setitem(SWINS, "swin_mini", dict(dim=8, depths=(1, 2), heads=(1, 2), window=2))
     monkeypatch.setitem(MODELS, "vit_mini", dict(dim=16, depth=2, heads=2, patch_size=4))
-    monkeypatch.setattr(esvit.training, "draw_curve", lambda folder: None)
+    monkeypatch.setattr(runtime.run, "draw_curve", lambda folder: None)
 
 
 def train(out, *args):
@@ -639,23 +705,26 @@ def test_stopped_and_resumed_is_bitwise_the_same(classes, tmp_path, monkeypatch,
     """With regions that begin on the way, before and after the stops. What is saved reads as DINO's own files do."""
     args = ["--data", classes, "--epochs", 4, "--region-from", 2, "--teacher-temp-epochs", 3]
     whole = train(tmp_path / "whole", *args)
-    judge = esvit.training.Health.__call__
+    check = runtime.run.StopCheck.__call__
     for last in (4, 13):
         count = iter(range(10 ** 6))
-        monkeypatch.setattr(esvit.training.Health, "__call__", lambda self, *a, n=count, last=last: (
-            judge(self, *a), "signal" if next(n) == last else None)[1])
+
+        def stop_at(self, *arguments, count=count, last=last):
+            reason, log_now = check(self, *arguments)
+            return "signal" if next(count) == last else reason, log_now
+        monkeypatch.setattr(runtime.run.StopCheck, "__call__", stop_at)
         with pytest.raises(SystemExit) as stop:
             train(tmp_path / "broken", *args)
         assert stop.value.code == 0
-    monkeypatch.setattr(esvit.training.Health, "__call__", judge)
+    monkeypatch.setattr(runtime.run.StopCheck, "__call__", check)
     broken = train(tmp_path / "broken", *args)
     assert [r["step"] for r in broken] == [r["step"] for r in whole] == list(range(1, 21))
     assert [r["loss"] for r in broken] == [r["loss"] for r in whole]
     same_run(tmp_path / "whole", tmp_path / "broken")
     assert [r["step"] for r in whole if "region" in r] == list(range(11, 21))
-    teacher, student = (build_vit(f"{tmp_path}/whole/last.pt:{who}", say=quiet, img_size=16, window=2)
+    teacher, student = (load_encoder(f"{tmp_path}/whole/last.pt:{who}", say=quiet, img_size=16, window=2)
                         for who in ("teacher", "student"))
-    encoder = build_vit(str(tmp_path / "whole" / "encoder.pt"), say=quiet)
+    encoder = load_encoder(str(tmp_path / "whole" / "encoder.pt"), say=quiet)
     img = torch.randn(2, 3, 16, 16)
     assert torch.equal(encoder(img), teacher(img)) and not torch.equal(encoder(img), student(img))
     assert encoder.config["window"] == 2 and encoder.config["img_size"] == (16, 16)
@@ -663,18 +732,18 @@ def test_stopped_and_resumed_is_bitwise_the_same(classes, tmp_path, monkeypatch,
 
 def test_regions_from_an_epoch_on(classes, tmp_path, monkeypatch, brief):
     """Until then nothing touches their heads and centre, and both heads are the same; then AdamW starts afresh."""
-    seen, step = [], esvit.clipped_step
+    seen, step = [], runtime.run.finite_step
 
-    def watched(optimizer, scaler, clip, still=()):
+    def watched(optimizer, *arguments):
         names = {id(p): n for n, p in model[0].student.named_parameters()}
         counts = [s["step"].item() for p, s in optimizer.state.items() if names[id(p)].startswith("backbone")]
         dense = model[0].student.head_dense.state_dict()
         follows = all(torch.equal(v, dense[k]) for k, v in model[0].teacher.head_dense.state_dict().items())
         seen.append((max(counts, default=0), model[0].dino_loss.center_grid.any().item(), follows))
-        return step(optimizer, scaler, clip, still)
-    model, build = [], esvit.build
-    monkeypatch.setattr(esvit, "build", lambda cfg: model.append(build(cfg)) or model[0])
-    monkeypatch.setattr(esvit, "clipped_step", watched)
+        return step(optimizer, *arguments)
+    model, make = [], esvit.make_model
+    monkeypatch.setattr(esvit, "make_model", lambda *a: model.append(make(*a)) or model[0])
+    monkeypatch.setattr(runtime.run, "finite_step", watched)
     found = train(tmp_path, "--data", classes, "--epochs", 2, "--region-from", 1, "--freeze-last-layer", 0)
     assert [s[0] for s in seen] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
     assert [s[1] for s in seen] == [False] * 6 + [True] * 4 and all(s[2] for s in seen[:6]) and not seen[-1][2]
@@ -721,15 +790,17 @@ def test_other_settings(classes, tmp_path, brief, args):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--model", "vit_giant"], "vit_giant is not one of"), (["--local-size", "7"], "patches of 4 do not tile a 7x7"),
+    (["--model", "vit_giant"], "--model must be one of .*, not vit_giant"),
+    (["--local-size", "7"], "patches of 4 do not tile a 7x7"),
     (["--local-size", "4"], "4x4 pixels are smaller than a window of 2 patches of 4"),
-    (["--local-size", "8x"], "--local-size 8x is no number"), (["--local-crops", "2", "2"], "need as many numbers"),
+    (["--local-size", "8x"], "--local-size 8x is no number"), (["--local-crops", "2", "2"], "need as many values"),
     (["--heads", "3"], "--heads is an option of a ViT"), (["--model", "vit_mini"], "--window is an option of a Swin"),
-    (["--local-scale", "0.5", "0.1"], "--local-scale is a least and a largest"),
-    (["--global-scale", "0.5"], "--global-scale is a least and a largest"),
-    (["--region-from", "3"], "--region-from 3 is after the end"), (["--region-weight", "2"], "are at most 1"),
-    (["--teacher-temp", "0"], "must be above 0"), (["--decode", "device"], "--decode is workers here"),
-    (["--in-chans", "2"], "--in-chans is 1 or 3 or 4"), (["--batch-size", "64"], "40 images, less than one"),
+    (["--local-scale", "0.5", "0.1"], "--local-scale must be a least and a largest"),
+    (["--global-scale", "0.5"], "--global-scale must be a least and a largest"),
+    (["--region-from", "3"], "--region-from 3 is after the end"), (["--region-weight", "2"], "must be at most 1"),
+    (["--teacher-temp", "0"], "must be above 0"),
+    (["--decode", "device"], "--decode.* 'device' .*workers"), (["--in-chans", "2"], "--in-chans.* 2 .*1, 3, 4"),
+    (["--batch-size", "64"], "40 images, less than one"),
     (["--init", "absent.pth"], "absent.pth does not exist"), (["--prototypes", "1"], "must be at least 2")])
 def test_bad_options(classes, tmp_path, brief, args, words):
     with pytest.raises(SystemExit, match=words):
@@ -744,7 +815,7 @@ def test_a_hot_teacher_is_named(classes, tmp_path, capsys, brief):
 
 
 def resolved(*args):
-    return esvit.resolve(*parse(esvit.Config, "", args))
+    return esvit.complete(parse(esvit.Config, "esvit", "", esvit.RECIPES, esvit.DEMO, args))
 
 
 def test_recipes():
@@ -765,13 +836,13 @@ def test_recipes():
 
 
 def test_only_the_student_drops_paths():
-    model = esvit.build(resolved("--model", "swin_mini", "--img-size", "32", "--local-size", "16", "--drop-path", "0.3",
-                                 "--prototypes", "8"))
+    cfg = resolved("--model", "swin_mini", "--img-size", "32", "--drop-path", "0.3", "--prototypes", "8")
+    model = esvit.make_model(cfg, [(2, (32, 32), (0.4, 1.0))])
     rates = [[b.drop_path for layer in net.backbone.layers for b in layer.blocks] for net in (model.student,
                                                                                               model.teacher)]
     assert rates[0][-1] == 0.3 and not any(rates[1])
     assert all(torch.equal(v, model.teacher.state_dict()[k]) for k, v in model.student.state_dict().items())
     model.student.head.mlp[0].weight.data += 1.0
-    model.follow(0.9)
+    model.update_ema(0.9)
     moved = model.student.head.mlp[0].weight - model.teacher.head.mlp[0].weight
     torch.testing.assert_close(moved, torch.full_like(moved, 0.9))

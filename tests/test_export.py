@@ -1,17 +1,20 @@
-"""weights.py export: others must compute from the file what we compute from the checkpoint."""
+"""weights/export.py: others must compute from the file what we compute from the checkpoint."""
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from golden import FOLDER, Golden, close, needs_golden
+from golden import Golden, close, needs_golden
+from test_parity import public_file
 from torch import nn
 
-import export
-import weights
-from mae import MAE
-from vit import Swin, TwoHeads, ViT
-from weights import build_vit, read, whole
+from nets.beit import BeitViT, TwoHeads
+from vit import Swin, ViT
+from weights import __main__ as describe
+from weights import export, load_classifier, load_encoder, read
+from weights.reading import read_safetensors
 
 
 def vit(network=ViT, **options):
@@ -32,8 +35,8 @@ def saved(path, model, method="finetune", **config):
 SHAPES = {
     "encoder": dict(),
     "classifier on cls": dict(num_classes=5, dim=24),
-    "encoder, mean": dict(readout="avg", patch_size=4, dim=36, depth=3),
-    "classifier on the mean": dict(readout="avg", num_classes=7, img_size=(16, 40), in_chans=1),
+    "encoder, mean": dict(pool="avg", patch_size=4, dim=36, depth=3),
+    "classifier on the mean": dict(pool="avg", num_classes=7, img_size=(16, 40), in_chans=1),
     "tiny": dict(num_classes=3, img_size=(32, 64), patch_size=16, dim=192, depth=12),
 }
 
@@ -78,12 +81,12 @@ def test_timm_takes_a_swin(tmp_path, capsys, options):
     torch.testing.assert_close(theirs.eval()(img), model(img), rtol=1e-5, atol=1e-5)
     assert f"width 32, {sum(model.config['depths'])} layers" in capsys.readouterr().out
     path = export.export(str(tmp_path / "e.pt"), "safetensors")
-    assert torch.equal(whole(read(path))[0](img), model(img))
+    assert torch.equal(load_classifier(read(path))[0](img), model(img))
 
 
 def test_timm_feeds_it_as_we_do_and_goes_on_from_it(tmp_path):
     timm = pytest.importorskip("timm")
-    model = vit(num_classes=2, readout="avg", img_size=(16, 32))
+    model = vit(num_classes=2, pool="avg", img_size=(16, 32))
     path = saved(tmp_path / "e.pt", model, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), classes=["ant", "bee"])
     out = export.export(path, "timm", str(tmp_path / "new" / "folder"))
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
@@ -101,8 +104,11 @@ def test_timm_feeds_it_as_we_do_and_goes_on_from_it(tmp_path):
 @pytest.mark.parametrize("to", ["timm", "safetensors"])
 def test_the_decoder_stays_behind(tmp_path, capsys, to):
     """timm takes any file with a mask token for DINOv2's, so there must be none."""
+    from mae import MAE
     model = vit(positions="sincos")
-    out = export.export(saved(tmp_path / "last.pt", MAE(model, 8, 1, 2), "mae"), to)
+    mae = MAE(8, 1, 2, img_size=16, patch_size=8, dim=48, depth=2, heads=12)
+    mae.load_state_dict(model.state_dict(), strict=False)
+    out = export.export(saved(tmp_path / "last.pt", mae, "mae"), to)
     names = set(read(f"{out}/model.safetensors" if to == "timm" else out).state)
     assert names == set(model.state_dict())
     said = capsys.readouterr().out
@@ -124,13 +130,13 @@ def test_safetensors_bit_for_bit(tmp_path):
     for name, t in model.state_dict().items():
         assert torch.equal(theirs[name], t) and torch.equal(ours.state[name], t)
     with package.safe_open(out, "pt") as f:
-        assert f.metadata() == dict(format="pt", method="mae", heads="12", img_size="[16, 40]", readout="cls",
+        assert f.metadata() == dict(format="pt", method="mae", heads="12", img_size="[16, 40]", pool="cls",
                                     num_classes="4", eps="1e-06", mean="[0.5, 0.25]", std="[1.0, 2.0]")
     assert ours.config["heads"] == 12 and ours.config["mean"] == [0.5, 0.25] and ours.config["method"] == "mae"
     img = torch.randn(2, 2, 16, 40)                             # heads and a grid that is no square come from the file
-    assert torch.equal(build_vit(out, say=lambda _: None, num_classes=4)(img), model(img))
+    assert torch.equal(load_encoder(out, say=lambda _: None, num_classes=4)(img), model(img))
     with pytest.raises(SystemExit, match="trained with 12 heads and the network here has 3"):
-        build_vit(out, 3, lambda _: None)
+        load_encoder(out, 3, lambda _: None)
     export.export(out, "safetensors", str(tmp_path / "again.safetensors"))
     assert (tmp_path / "e.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
@@ -143,7 +149,7 @@ def test_every_type_and_shape(tmp_path):
              "turned": torch.randn(2, 3).T}
     path = str(tmp_path / "x.safetensors")
     export.write_safetensors(path, state, dict(note="3 things: \N{GREEK SMALL LETTER PI}", method="mae"))
-    theirs, ours = load_file(path), weights.read_safetensors(path)
+    theirs, ours = load_file(path), read_safetensors(path)
     for name, t in state.items():
         assert theirs[name].dtype == ours[name].dtype == t.dtype
         assert torch.equal(theirs[name], t) and torch.equal(ours[name], t)
@@ -158,10 +164,10 @@ def test_every_type_and_shape(tmp_path):
 @pytest.mark.parametrize("name, logits", [("maelite_rpe_ft", "logits"), ("maelite_vit_ft_distill_soft", "eval_logits"),
                                           ("maelite_vit_ft_gap", "logits"), ("mae_vit_ft_cls", "logits")])
 def test_official_classifiers_survive(tmp_path, name, logits):
-    """Relative positions, two heads and both readouts, through our safetensors to the recorded logits."""
+    """Relative positions, two heads and both pools, through our safetensors to the recorded logits."""
     g, path = Golden(name), str(tmp_path / "x.pth")
     torch.save(dict(model=g.under("state")), path)
-    model, left = whole(read(export.export(path, "safetensors", heads=g.config["num_heads"])))
+    model, left = load_classifier(read(export.export(path, "safetensors", heads=g.config["num_heads"])))
     assert not left
     close(model(g("input/imgs")), g(f"out/{logits}"), 2e-5)
 
@@ -170,19 +176,18 @@ RELATIVE = dict(relative=True, layer_scale=0.1, key_bias=False)
 
 
 @needs_golden
-@pytest.mark.parametrize("name, file, heads, key", [
-    ("ckpt_mae_pretrain_release", "ckpt_mae_pretrain_release.pth", 3, "features_cls"),
-    ("ckpt_maelite_last_epoch", "ckpt_maelite_last_epoch_ckpt.pth", 4, "features_cls"),
-    ("ckpt_moco", "ckpt_moco.pth", 4, "features"), ("ckpt_dino", "ckpt_dino_full.pth:student", 2, "features_student"),
-    ("ckpt_deit", "ckpt_deit.pth", 3, "logits")])
-def test_official_files_reach_timm(tmp_path, name, file, heads, key):
-    timm, g = pytest.importorskip("timm"), Golden(name)
-    out = export.export(f"{FOLDER}/{file}", "timm", str(tmp_path / "timm"), heads)
+@pytest.mark.parametrize("name, network, key", [
+    ("ckpt_mae_pretrain_release", "", "features_cls"), ("ckpt_maelite_last_epoch", "", "features_cls"),
+    ("ckpt_moco", "", "features"), ("ckpt_dino", ":student", "features_student"), ("ckpt_deit", "", "logits")])
+def test_official_files_reach_timm(tmp_path, name, network, key):
+    timm = pytest.importorskip("timm")
+    g, path, heads = public_file(name)
+    out = export.export(path + network, "timm", str(tmp_path / "timm"), heads)
     close(timm.create_model(f"local-dir:{out}", pretrained=True).eval()(g("input/imgs")), g(f"out/{key}"), 2e-5)
 
 
-def special(network=ViT, **options):
-    return vit(network, readout="avg", num_classes=4, img_size=(16, 24), **options)
+def special(network=BeitViT, **options):
+    return vit(network, pool="avg", num_classes=4, img_size=(16, 24), **options)
 
 
 @pytest.mark.parametrize("options", [RELATIVE, dict(relative=True), dict(layer_scale=0.5)],
@@ -200,17 +205,17 @@ def test_what_timm_has_no_place_for(tmp_path):
     path, img = saved(tmp_path / "e.pt", model), torch.randn(2, 3, 16, 24)
     with pytest.raises(SystemExit, match="has two heads, for which timm's networks have no place: --to safetensors"):
         export.export(path, "timm")
-    assert torch.equal(whole(read(export.export(path, "safetensors")))[0](img), model(img))
+    assert torch.equal(load_classifier(read(export.export(path, "safetensors")))[0](img), model(img))
     with pytest.raises(SystemExit, match="has an eps of 1e-05, for which"):
         export.export(saved(tmp_path / "eps.pt", vit(eps=1e-5)), "timm")
     with pytest.raises(SystemExit, match="has an eps of 1e-06, for which"):                     # EsViT's Swin
         export.export(saved(tmp_path / "swin.pt", swin(eps=1e-6)), "timm")
-    with pytest.raises(SystemExit, match="sees images of 16 x 32, where one of its maps"):
+    with pytest.raises(SystemExit, match="has a map that is not square and no larger than"):
         export.export(saved(tmp_path / "flat.pt", swin(img_size=(16, 32))), "timm")
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")                          # torch 2.11 warns of itself
-@pytest.mark.parametrize("network, options", [(ViT, {}), (TwoHeads, RELATIVE), (Swin, {})],
+@pytest.mark.parametrize("network, options", [(BeitViT, {}), (TwoHeads, RELATIVE), (Swin, {})],
                          ids=["plain", "all at once", "swin"])
 def test_onnx_computes_the_same(tmp_path, network, options):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
@@ -282,20 +287,28 @@ def test_what_cannot_be_exported(tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["export"], "required: FILE, --to"), (["export", "x.pt"], "required: --to"),
-    (["export", "x.pt", "--to", "hf"], "invalid choice: 'hf'"), (["export", "x.pt", "--to", "timm"], "does not exist"),
-    (["export", "x.pt", "--to", "timm", "--heads", "0"], "at least 1"), ([], "export FILE --to"),
-    (["export", "x.pt", "--too", "timm"], "weights.py export:")])
+    ([], "required: FILE, --to"), (["x.pt"], "required: --to"), (["x.pt", "--to", "hf"], "invalid choice: 'hf'"),
+    (["x.pt", "--to", "timm"], "does not exist"), (["x.pt", "--to", "timm", "--heads", "0"], "at least 1"),
+    (["x.pt", "--too", "timm"], "python -m weights.export:")])
 def test_command_line_in_words(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=words) as stop:
-        weights.tell(argv)
+        export.main(argv)
     assert "usage:" not in str(stop.value)
 
 
 def test_command_line(tmp_path, capsys):
     path = saved(tmp_path / "e.pt", vit())
     out = str(tmp_path / "given.safetensors")
-    weights.tell(["export", f"{path}:model", "--to", "safetensors", "--out", out, "--heads", "12"])
-    weights.tell([out])
-    assert "method finetune; heads 12" in capsys.readouterr().out
+    export.main([f"{path}:model", "--to", "safetensors", "--out", out, "--heads", "12"])
+    describe.main([out])
+    said = capsys.readouterr().out
+    assert "method       finetune\n" in said and "heads        12\n" in said
+
+
+def test_it_runs_as_a_module(tmp_path):
+    """And says nothing beside its one line, no warning of a package half imported either."""
+    path = saved(tmp_path / "e.pt", vit())
+    done = subprocess.run([sys.executable, "-m", "weights.export", path, "--to", "safetensors"],
+                          cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "e.safetensors").exists()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import Golden, close, needs_golden
+from golden import Golden, close, each_recording
 
-from augment import draw_mix, erase, erase_mask, mix, mix_box, random_mix, soft_targets
+from images.mixing import draw_mix, erase, erase_mask, mix, mix_box, random_mix, soft_targets
 
 
 def within(count, n, p, sigmas=4.5):
@@ -19,50 +19,62 @@ def within(count, n, p, sigmas=4.5):
 # Recorded runs
 
 
-@needs_golden
-def test_mixing_as_recorded():
-    """Every recorded case with one lambda per batch, of timm's three modes."""
-    g, seen = Golden("timm_mixup"), 0
-    for number, (case, seeds) in enumerate(zip(g.config["cases"], g.config["seeds"])):
-        for seed in seeds if case["mode"] == "batch" else ():
-            key = f"case{number}_seed{seed}"
-            boxes = g(f"rand/{key}/bbox_yl_yh_xl_xh").tolist()
-            targets = soft_targets(g("input/target"), g.config["num_classes"], case["label_smoothing"])
-            lam = g(f"rand/{key}/lam_drawn").item()
-            img, targets = mix(g("input/x"), targets, lam, tuple(boxes[0]) if boxes else None)
-            close(img, g(f"out/{key}/x"), 1e-6)
-            close(targets, g(f"out/{key}/target"), 1e-6)
-            seen += 1
-    assert seen == 9
+def batch_cases(g):
+    """(case, seed, key, boxes) of every recorded case with one lambda per batch, of timm's three modes."""
+    found = [(case, seed, f"case{number}_seed{seed}")
+             for number, (case, seeds) in enumerate(zip(g.config["cases"], g.config["seeds"]))
+             if case["mode"] == "batch" for seed in seeds]
+    assert found, "the recording has no case of one lambda per batch"
+    return [(case, seed, key, [tuple(box) for box in g(f"rand/{key}/bbox_yl_yh_xl_xh").tolist()])
+            for case, seed, key in found]
 
 
-@needs_golden
-def test_boxes_as_recorded():
+@each_recording("timm_mixup*")
+def test_mixing_as_recorded(name):
+    g = Golden(name)
+    for case, _, key, boxes in batch_cases(g):
+        targets = soft_targets(g("input/target"), g.config["num_classes"], case["label_smoothing"])
+        lam = g(f"rand/{key}/lam_drawn").item()
+        img, mixed = mix(g("input/x"), targets.clone(), lam, boxes[0] if boxes else None)
+        if not case["correct_lam"] and not case["cutmix_minmax"]:       # then timm's targets ignore the box's true area
+            mixed = targets.lerp(targets.flip(0), 1 - lam)
+        close(img, g(f"out/{key}/x"), 1e-6)
+        close(mixed, g(f"out/{key}/target"), 1e-6)
+
+
+@each_recording("timm_mixup*")
+def test_boxes_as_recorded(name):
     """numpy's old generator, drawn from in the recorded order, gives the lambdas and the centres of the boxes."""
-    g, (height, width) = Golden("timm_mixup"), Golden("timm_mixup").config["size"]
-    for seed in (5, 6):
-        rng, key = np.random.RandomState(seed), f"rand/case1_seed{seed}"
-        rng.rand()                                              # whether to mix at all
-        lam = rng.beta(1.0, 1.0)
-        y, x = int(rng.randint(height)), int(rng.randint(width))
-        assert lam == g(f"{key}/lam_drawn").item()
-        assert mix_box(lam, y, x, height, width) == tuple(g(f"{key}/bbox_yl_yh_xl_xh")[0].tolist())
+    g = Golden(name)
+    height, width = g.config["size"]
+    for case, seed, key, boxes in batch_cases(g):
+        if case["cutmix_minmax"]:                               # another law, whose boxes have no centre
+            continue
+        rng, lam, expected = np.random.RandomState(seed), 1.0, []
+        mixup, cutmix = case["mixup_alpha"], case["cutmix_alpha"]
+        if rng.rand() < case["prob"]:
+            cut = rng.rand() < case["switch_prob"] if mixup and cutmix else not mixup
+            lam = rng.beta(cutmix, cutmix) if cut else rng.beta(mixup, mixup)
+            if cut:
+                y, x = int(rng.randint(height)), int(rng.randint(width))
+                expected = [mix_box(lam, y, x, height, width)]
+        assert lam == g(f"rand/{key}/lam_drawn").item() and boxes == expected
 
 
-@needs_golden
-def test_losses_are_torchs_own():
+@each_recording("losses_timm*")
+def test_losses_are_torchs_own(name):
     """Cross-entropy with soft targets or with label smoothing needs no code of ours."""
-    g = Golden("losses_timm")
+    g = Golden(name)
     labels = g("input/labels")
     losses = {"soft_target_ce": lambda z: F.cross_entropy(z, g("input/soft_target"))}
     for eps in g.config["smoothings"]:
         losses[f"label_smoothing_ce_{eps}"] = lambda z, eps=eps: F.cross_entropy(z, labels, label_smoothing=eps)
-    for name, loss in losses.items():
+    for key, loss in losses.items():
         logits = g("input/logits").requires_grad_()
         value = loss(logits)
         value.backward()
-        close(value, g(f"out/{name}"), 1e-5)
-        close(logits.grad, g(f"grad/{name}"), 5e-5)
+        close(value, g(f"out/{key}"), 1e-5)
+        close(logits.grad, g(f"grad/{key}"), 5e-5)
 
 
 def test_smoothing_through_targets_is_the_same_loss():

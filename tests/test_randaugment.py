@@ -10,8 +10,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 import data
 from data import RandomCrops, load, uniforms
-from randaugment import DRAWS, NAMES, OPERATIONS, AugmentedCrops, choose, rand_augment
-from sources import find
+from images.datasets import open_dataset
+from images.randaugment import DRAWS, NAMES, OPERATIONS, AugmentedCrops, choose, rand_augment
 
 FILL, BICUBIC = (124, 116, 104), Image.Resampling.BICUBIC
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -195,7 +195,7 @@ def test_operations_are_applied_one_after_the_other():
 def source(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     write_images(root, 24, side=40, suffix=".jpg")
-    return find(str(root))
+    return open_dataset(str(root))
 
 
 def crops_of(source, channels=3, interpolation="bicubic", repeat=1, magnitude=9):
@@ -228,7 +228,7 @@ def test_same_key_same_image_whatever_the_batch_and_the_workers(source):
     crops, keys = crops_of(source), [(3, i) for i in range(24)]
     whole = crops.__getitems__(keys)[0].clone()
     for k in (0, 7, 23):
-        assert torch.equal(crops[keys[k]][0], whole[k])
+        assert torch.equal(crops.__getitems__([keys[k]])[0][0], whole[k])
     batches = [keys[4:20][::-1], keys[:4]]
     for workers in (0, 1):
         parts = [img.clone() for img, _, _ in load(crops, batches, workers)]
@@ -248,7 +248,7 @@ def test_a_crop_cut_out_of_its_image_and_an_unreadable_file(tmp_path, monkeypatc
     write_images(tmp_path, 3, side=40, suffix=".png")
     (tmp_path / "001.png").write_bytes(b"no image")
     monkeypatch.setattr(data, "crop_box", lambda *_: (3, 5, 24, 24))        # of that size already: a view of the image
-    crops, keys = AugmentedCrops(find(str(tmp_path)), (24, 24), 3, 1, (1.0, 1.0), "bicubic", 10, FILL), range(8)
+    crops, keys = AugmentedCrops(open_dataset(str(tmp_path)), (24, 24), 3, 1, (1.0, 1.0), "bicubic", 10, FILL), range(8)
     img, _, failed = crops.__getitems__([(e, 1) for e in keys])
     assert len(failed) == 8 and "001.png" in failed[0]
     assert torch.equal(img, crops.__getitems__([(e, 2) for e in keys])[0])

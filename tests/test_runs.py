@@ -16,8 +16,15 @@ from conftest import write_images
 from PIL import Image
 
 import mae
+from data import RandomCrops, batch_keys
+from images.datasets import train_and_val
+from runtime.options import parse
+from tools import pictures
+from vit import MODELS
+from weights import load_encoder
 
 ROOT = Path(__file__).parents[1]
+OLD = Path(__file__).parent / "old_run"
 TINY = "--model vit_mini --img-size 16 --patch-size 4 --batch-size 8 --workers 0 --log-every 1 --save-every 5".split()
 
 
@@ -98,6 +105,7 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, tmp_path, world):
     text = process.communicate(timeout=60)[0]
     assert time.time() - asked < 25                             # torchrun kills after 30 s
     assert "stopped by a signal" in text and 'mae.py", line' not in text
+    assert text.count("signal: stopping after this step") == 1
     if world == 1:
         assert process.returncode == 0
     finish(*args, "--out", out, world=world)
@@ -145,7 +153,11 @@ def test_nan_on_one_rank_of_two(classes, tmp_path):
     assert "3 steps in a row, up to step 8, gave a non-finite loss" in text
     assert 'mae.py", line' not in text                          # torchrun has a traceback of its own, we have none
     debug = torch.load(tmp_path / "many" / "debug-rank1.pt")    # rank 1 made the trouble and keeps its batch
-    assert debug["step"] == 8 and debug["batch"].isnan().any()
+    keys = list(batch_keys(40, 8, 1, 2, 1, 0, 7, 8))[0]
+    batch = RandomCrops(train_and_val(str(classes))[0], (16, 16), 3, 0, (0.2, 1.0), "bicubic").__getitems__(keys)[0]
+    assert debug["step"] == 8 and debug["batch"].shape == batch.shape
+    for kept, crop in zip(debug["batch"], batch):
+        assert torch.equal(kept, crop) or torch.equal(kept, crop.flip(-1))
     assert torch.load(tmp_path / "many" / "last.pt")["step"] == 5
 
 
@@ -158,6 +170,14 @@ def test_disk_that_is_full(classes, tmp_path):
     assert done.returncode == 1 and "warning: step 5 could not be saved" in done.stdout
     assert done.stderr.splitlines()[-1].startswith(f"step 10 could not be saved in {tmp_path} (is the disk full?)")
     assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_closed_screen_does_not_end_a_run(classes, tmp_path):
+    process = start("--data", classes, *TINY, "--epochs", 4, "--out", tmp_path)
+    assert "40 images" in process.stdout.readline()
+    process.stdout.close()                                      # as `python mae.py | head -1` does
+    assert process.wait(timeout=300) == 0
+    assert max(steps(tmp_path)) == 20 and torch.load(tmp_path / "last.pt")["step"] == 20
 
 
 def test_one_sentence_and_no_traceback(tmp_path):
@@ -185,23 +205,21 @@ def test_outputs(classes, tmp_path):
     assert {"chance", "lr", "grad_norm", "skipped", "img_s", "data_s", "step_s", "mem_gb"} <= set(last)
     assert [row["step"] for row in found if "knn" in row] == [0, 5, 10]
     picture = Image.open(tmp_path / "recon.png")
-    assert picture.width == 4 * (16 * 7 + 8) and picture.height == 8 * (16 * 7 + 8) + 36
-    from weights import build_vit
-    encoder = build_vit(str(tmp_path / "encoder.pt"), say=str)              # heads, size and patch are stored
+    assert picture.width == 3 * (16 * 7 + 8) and picture.height == 8 * (16 * 7 + 8) + 36
+    encoder = load_encoder(str(tmp_path / "encoder.pt"), say=str)           # heads, size and patch are stored
     assert encoder.config["heads"] == 4 and encoder.grid == (4, 4)
 
 
-def test_init_and_visualize(classes, tmp_path, capsys):
+def test_init_and_pictures(classes, tmp_path):
     train(tmp_path / "a", "--data", classes, "--epochs", 1)
     train(tmp_path / "b", "--data", classes, "--epochs", 1, "--init", tmp_path / "a" / "last.pt", "--lr", 0)
     a, b = (torch.load(tmp_path / name / "last.pt")["model"] for name in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
-    picture = ["--images", str(classes / "val"), "--out", str(tmp_path / "c"), "--visualize"]
-    mae.main([*picture, str(tmp_path / "a" / "last.pt")])
-    assert Image.open(tmp_path / "c" / "recon.png").width == 480
+    images = ["--images", str(classes / "val"), "--out", str(tmp_path / "c")]
+    pictures.main([str(tmp_path / "a" / "last.pt"), *images])
+    assert Image.open(tmp_path / "c" / "recon.png").width == 360
     with pytest.raises(SystemExit, match="has no decoder"):
-        mae.main([*picture, str(tmp_path / "a" / "encoder.pt")])
-    capsys.readouterr()
+        pictures.main([str(tmp_path / "a" / "encoder.pt"), *images])
 
 
 @pytest.mark.parametrize("args", [["--img-size", "16", "24", "--in-chans", "1"], ["--no-norm-pix", "--in-chans", "4"],
@@ -212,19 +230,24 @@ def test_other_settings(classes, tmp_path, args):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--model", "vit_giant"], "vit_giant is not one of"), (["--patch-size", "5"], "patches of 5 do not tile a 16x16"),
-    (["--heads", "5"], "5 heads do not divide"), (["--batch-size", "64"], "40 images, less than one"),
-    (["--accum", "3"], "does not divide"),
-    (["--mask-ratio", "1"], "are fractions"), (["--mask-ratio", "0.99"], "leaves 0 of 16"),
-    (["--mean", "1", "2"], "need 3 numbers"),
-    (["--init", "absent.pth"], "absent.pth does not exist"), (["--warmup-epochs", "3"], "leaves nothing"),
-    (["--dtype", "fp8"], "not fp8"), (["--decoder-heads", "5"], "5 heads do not divide"),
-    (["--in-chans", "2"], "--in-chans is 1, 3 or 4"),
-    (["--interpolation", "cubic"], "not cubic"), (["--images", "x"], "goes with --visualize"),
-    (["--min-crop", "2"], "are fractions"),
+    (["--model", "vit_giant"], "must be one of vit_mini, .*, not vit_giant"),
+    (["--patch-size", "5"], "patches of 5 do not tile a 16x16"), (["--heads", "5"], "5 heads do not divide"),
+    (["--batch-size", "64"], "40 images, less than one batch: give --batch-size 40"),
+    (["--accum", "3"], "does not divide"), (["--repeat", "3"], "x 3 crops of an image"),
+    (["--mask-ratio", "1"], "leaves 0 of 16"), (["--mask-ratio", "0.99"], "leaves 0 of 16"),
+    (["--mask-ratio", "1.01"], "--mask-ratio must be at most 1"), (["--mask-ratio", "-1"], "must be at least 0"),
+    (["--mask-ratio", "0"], "leaves 16 of 16"), (["--mean", "1", "2"], "need 3 numbers"),
+    (["--init", "absent.pth"], "absent.pth does not exist"),
+    (["--warmup-epochs", "3"], "must be more than --warmup-epochs 3"),
+    (["--dtype", "fp8"], "fp8"), (["--decoder-heads", "5"], "5 heads do not divide"),
+    (["--in-chans", "2"], "--in-chans: invalid choice: 2"), (["--interpolation", "cubic"], "cubic"),
+    (["--images", "x"], "--images x"), (["--min-crop", "2"], "--min-crop must be at most 1"),
     (["--std", "0", "0", "0"], "scale of 0 to 1"), (["--seed", "-1"], "--seed must be at least 0"),
     (["--device", "tpu"], "--device tpu is not here"), (["--img-size", "1", "2", "3"], "height and width"),
-    (["--log-every", "0"], "--log-every must be at least 1"), (["--decoder-depth", "0"], "at least 1")])
+    (["--log-every", "0"], "--log-every must be at least 1"), (["--decoder-depth", "0"], "at least 1"),
+    (["--distill", "hidden"], "--distill means nothing without --distill-teacher"),
+    (["--teacher-heads", "3"], "--teacher-heads means nothing without --distill-teacher"),
+    (["--fraction", "0"], "--fraction is above 0"), (["--probe-every", "-1"], "--probe-every must be at least 0")])
 def test_bad_options(classes, tmp_path, args, words):
     with pytest.raises(SystemExit, match=words):
         train(tmp_path, "--data", classes, "--epochs", 2, *args)
@@ -273,7 +296,7 @@ def test_typed_again_after_the_end(classes, tmp_path, capsys):
     found = train(tmp_path, *args)
     assert (tmp_path / "recon.png").exists() and len([row for row in found if "loss" in row]) == 5
     assert torch.equal(before, torch.load(tmp_path / "last.pt")["model"]["cls_token"])
-    assert "5 of 5 done" in capsys.readouterr().out
+    assert "5 of 5 steps done" in capsys.readouterr().out
 
 
 def test_checkpoints_of_others(classes, tmp_path):
@@ -287,21 +310,34 @@ def test_checkpoints_of_others(classes, tmp_path):
               tmp_path / "out" / "encoder.pt")
 
 
+def test_a_teacher_is_neither_added_nor_left_out_later(classes, tmp_path):
+    args = ["--data", classes, "--epochs", 1]
+    teacher = ["--distill-teacher", tmp_path / "plain" / "encoder.pt"]
+    train(tmp_path / "plain", *args)
+    train(tmp_path / "distilled", *args, *teacher)
+    for name, more in (("plain", teacher), ("distilled", [])):
+        with pytest.raises(SystemExit, match="belongs to a run with other options") as stop:
+            train(tmp_path / name, *args, *more)
+        assert "\n" not in str(stop.value)
+
+
 def test_demo_defaults():
-    cfg, given = mae.training.parse(mae.Config, "", ["--demo", "--epochs", "1"])
-    cfg = mae.resolve(cfg, given)
+    def defaults(*argv):
+        return parse(mae.Config, "mae", "", mae.RECIPES, mae.DEMO, argv)
+    cfg = defaults("--demo", "--epochs", "1")
     assert (cfg.data, cfg.model, cfg.epochs, cfg.out) == ("shapes", "vit_mini", 1, "out/mae-demo")
     assert cfg.warmup_epochs == 0.1                             # shortened with the run
-    cfg = mae.resolve(*mae.training.parse(mae.Config, "", []))
+    cfg = defaults()
     assert (cfg.epochs, cfg.warmup_epochs, cfg.heads, cfg.patch_size, cfg.min_crop, cfg.interpolation) == (
         400, 40, 12, 16, 0.08, "random")
-    cfg = mae.resolve(*mae.training.parse(mae.Config, "", ["--model", "vit_huge", "--epochs", "100"]))
+    assert (cfg.batch_size, cfg.blr, cfg.weight_decay, cfg.decoder_dim, cfg.out) == (4096, 1.5e-4, 0.05, 96, "out/mae")
+    cfg = defaults("--model", "vit_huge", "--epochs", "100")
     assert (cfg.warmup_epochs, cfg.patch_size, cfg.decoder_depth, cfg.min_crop) == (10, 14, 8, 0.2)
 
 
 def test_flattened_file_gives_the_same_losses(classes, tmp_path):
-    """flatten.py's one file, alone in an empty folder, against mae.py."""
-    text = subprocess.run([sys.executable, "flatten.py", "mae.py"], capture_output=True, text=True, cwd=ROOT,
+    """tools.flatten's one file, alone in an empty folder, against mae.py."""
+    text = subprocess.run([sys.executable, "-m", "tools.flatten", "mae.py"], capture_output=True, text=True, cwd=ROOT,
                           check=True).stdout
     (tmp_path / "mae_single.py").write_text(text)
     args = ["--data", str(classes), *TINY, "--epochs", "2"]
@@ -310,4 +346,48 @@ def test_flattened_file_gives_the_same_losses(classes, tmp_path):
     mae.main([*args, "--out", str(tmp_path / "several")])
     single, several = ([r["loss"] for r in rows(tmp_path / name) if "loss" in r] for name in ("single", "several"))
     assert single == several and len(single) == 10
-    assert not re.search(r"^from (vit|data|training|weights|augment|probe) import", text, re.MULTILINE)
+    assert not re.search(r"^\s*(from|import) (vit|data|distill|images|nets|runtime|weights)\b", text, re.MULTILINE)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files of the first layout of this repository
+
+# Made by its last commit, 27fb6e5, of write_images("set", 16) and a network of two blocks: last.pt and encoder.pt after
+# 4 of 8 steps, and the losses with which that code went on.
+OLD_ARGS = ("--data set --model vit_mini --img-size 8 --decoder-dim 8 --decoder-heads 2 --batch-size 8 --accum 2 "
+            "--repeat 2 --epochs 4 --warmup-epochs 0.5 --blr 0.1 --clip-grad 0.5 --min-crop 0.5 --interpolation random "
+            "--dtype fp32 --workers 0 --log-every 1").split()
+OLD_LOSSES = {5: 1.3666530847549438, 6: 1.3276382684707642, 7: 1.2919278144836426, 8: 1.1412379741668701}
+
+
+@pytest.fixture
+def old_network(tmp_path, monkeypatch):
+    write_images(tmp_path / "set", 16)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(MODELS, "vit_mini", dict(dim=8, depth=2, heads=2, patch_size=2))
+
+
+def test_an_old_run_goes_on(old_network, capsys):
+    os.mkdir("run")
+    shutil.copy(OLD / "last.pt", "run")
+    mae.main([*OLD_ARGS, "--out", "run"])
+    found = {row["step"]: row["loss"] for row in rows("run") if "loss" in row}
+    assert found == pytest.approx(OLD_LOSSES, rel=1e-5) and list(found) == [5, 6, 7, 8]
+    assert "4 of 8 steps done" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="clip_grad was 0.5, is 1.0"):
+        mae.main([*OLD_ARGS, "--out", "run", "--clip-grad", "1"])
+
+
+@pytest.mark.parametrize("name", ["last.pt", "encoder.pt"])
+def test_old_weights_start_a_new_run(old_network, capsys, name):
+    mae.main([*OLD_ARGS, "--out", "run", "--init", str(OLD / name), "--lr", "0"])
+    old, new = (torch.load(path)["model"] for path in (OLD / name, "run/last.pt"))
+    assert all(torch.equal(new[k], v) for k, v in old.items()) and len(old) >= 27
+    fresh = "none" if name == "last.pt" else "mask_token, decoder_pos_embed"
+    assert f"missing, so fresh: {fresh}" in capsys.readouterr().out
+    assert load_encoder(str(OLD / name), heads=2, say=str).config["heads"] == 2
+
+
+def test_an_old_encoder_says_what_it_is(old_network):
+    encoder = load_encoder(str(OLD / "encoder.pt"), say=str)
+    assert (encoder.config["heads"], encoder.grid, encoder.pool) == (2, (4, 4), "cls")

@@ -3,13 +3,14 @@ import torch
 from torch import nn
 
 from vit import (
+    MODELS,
     Attention,
     Block,
     ViT,
-    cut,
     drop_path,
+    gather_tokens,
     pair,
-    pick,
+    patchify,
     resize_positions,
     sincos_positions,
 )
@@ -38,26 +39,32 @@ def test_block_matches_timm():
     torch.testing.assert_close(ours(x), ref(x))
 
 
-def test_logits_on_request_change_nothing():
+def test_logits():
+    """By hand, from the tokens that enter block 2; and the block forms its output of their softmax."""
     model, img = small(), torch.randn(2, 3, 32, 32)
-    plain = model.encode(img)
-    x, (second, third) = model.encode(img, logits_of=(2, 3))
-    torch.testing.assert_close(x, plain)
-    assert third.shape == (2, 4, 17, 17)
-    # by hand, from the tokens that enter block 2
     tokens = model.blocks[0](model.embed(img))
-    q, k, _ = model.blocks[1].attn.qkv(model.blocks[1].norm1(tokens)).view(2, 17, 3, 4, 12).permute(2, 0, 3, 1, 4)
-    torch.testing.assert_close(second, q @ k.transpose(-2, -1) / 12 ** 0.5)
-    torch.testing.assert_close(second, model.blocks[1].attn.logits(model.blocks[1].norm1(tokens)))
+    attn, x = model.blocks[1].attn, model.blocks[1].norm1(tokens)
+    q, k, v = attn.qkv(x).view(2, 17, 3, 4, 12).permute(2, 0, 3, 1, 4)
+    logits = attn.logits(x)
+    assert logits.shape == (2, 4, 17, 17)
+    torch.testing.assert_close(logits, q @ k.transpose(-2, -1) / 12 ** 0.5)
+    torch.testing.assert_close(attn(x), attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+
+def test_blocks_can_be_walked():
+    """What a method does that wants the tokens between blocks is what encode does."""
+    model, img = small(), torch.randn(2, 3, 32, 32)
+    x = model.embed(img)
+    for block in model.blocks:
+        x = block(x)
+    assert torch.equal(model.norm(x), model.encode(img))
 
 
 def test_first_is_a_slice_of_all():
     torch.manual_seed(0)
     block, x = Block(48, 4), torch.randn(2, 9, 48)
     torch.testing.assert_close(block(x, first=5), block(x)[:, 5:])
-    out, logits = block(x, first=5, with_logits=True)
-    torch.testing.assert_close(out, block(x)[:, 5:])
-    assert logits.shape == (2, 4, 4, 9)
+    torch.testing.assert_close(block.attn(x, first=5), block.attn(x)[:, 5:])
 
 
 def test_subset_of_tokens():
@@ -67,20 +74,21 @@ def test_subset_of_tokens():
     everything = model.encode(img)
     shuffled = model.encode(img, order)
     torch.testing.assert_close(shuffled[:, 0], everything[:, 0])
-    torch.testing.assert_close(shuffled[:, 1:], pick(everything[:, 1:], order))
+    torch.testing.assert_close(shuffled[:, 1:], gather_tokens(everything[:, 1:], order))
     keep = order[:, :5]
     x = model.embed(img)
-    by_hand, _ = model.run_blocks(torch.cat([x[:, :1], pick(x[:, 1:], keep)], 1))
-    torch.testing.assert_close(model.encode(img, keep), by_hand)
+    x = torch.cat([x[:, :1], gather_tokens(x[:, 1:], keep)], 1)
+    for block in model.blocks:
+        x = block(x)
+    torch.testing.assert_close(model.encode(img, keep), model.norm(x))
 
 
 @pytest.mark.parametrize("name, count", [("vit_tiny", 5_717_416), ("vit_small", 22_050_664), ("vit_base", 86_567_656),
                                          ("vit_large", 304_326_632), ("vit_huge", 632_045_800)])
-@pytest.mark.parametrize("readout", ["cls", "avg"])
-def test_published_parameter_counts(name, count, readout):
-    from vit import MODELS
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+def test_published_parameter_counts(name, count, pool):
     with torch.device("meta"):
-        model = ViT(**MODELS[name], num_classes=1000, readout=readout, positions="learned")
+        model = ViT(**MODELS[name], num_classes=1000, pool=pool, positions="learned")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
@@ -118,17 +126,17 @@ def test_other_image_size():
 def test_cutting_patches():
     """The same as unfold; a subset is those rows; and a patch times the weight is the convolution."""
     model, img = small(), torch.randn(2, 3, 16, 32)
-    patches = cut(img, 8)
+    patches = patchify(img, 8)
     assert torch.equal(patches, nn.functional.unfold(img, 8, stride=8).transpose(1, 2))
     index = torch.tensor([[3, 0, 7], [1, 1, 2]])
-    assert torch.equal(cut(img, 8, index), torch.stack([patches[b, index[b]] for b in range(2)]))
-    assert torch.equal(pick(patches, index), cut(img, 8, index))
+    assert torch.equal(patchify(img, 8, index), torch.stack([patches[b, index[b]] for b in range(2)]))
+    assert torch.equal(gather_tokens(patches, index), patchify(img, 8, index))
     torch.testing.assert_close(model.patch_embed(patches), model.patch_embed.proj(img).flatten(2).transpose(1, 2))
 
 
-def test_readouts():
+def test_pool():
     img = torch.randn(2, 3, 32, 32)
-    cls, avg = small(), small(readout="avg")
+    cls, avg = small(), small(pool="avg")
     tokens = cls.encode(img)
     assert torch.equal(cls(img), tokens[:, 0])
     avg.load_state_dict(cls.state_dict() | {"fc_norm." + k: v for k, v in cls.norm.state_dict().items()}, strict=False)

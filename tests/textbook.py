@@ -1,4 +1,4 @@
-"""Plain forms of the methods, for comparison only: tests check our numbers against them, bench.py our speed."""
+"""Plain forms of the methods, for comparison only: tests check our numbers against them, tools/bench.py our speed."""
 import copy
 import io
 import random
@@ -16,11 +16,11 @@ class TextbookMAE(nn.Module):
     positions, predict all of them, average the error over the hidden ones. Names are the published ones."""
 
     def __init__(self, img_size=224, patch_size=16, dim=192, depth=12, heads=12, decoder_dim=96, decoder_depth=1,
-                 decoder_heads=3, norm_pix=True):
+                 decoder_heads=3, norm_pix=True, mlp_ratio=4):
         super().__init__()
         from timm.layers import PatchEmbed
         from timm.models.vision_transformer import Block
-        block = dict(mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        block = dict(mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
         self.patch_size, self.norm_pix = patch_size, norm_pix
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, dim)
         patches = self.patch_embed.num_patches

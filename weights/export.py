@@ -1,35 +1,43 @@
 """
-Weights out: a checkpoint for timm, as safetensors, or as an ONNX graph. Whatever weights.py reads can be exported.
+Weights out: the encoder or classifier of any readable file, for timm, as safetensors, or as an ONNX graph.
 
-python weights.py export FILE --to timm            a folder for timm.create_model("local-dir:FOLDER", pretrained=True)
-python weights.py export FILE --to safetensors     one file; heads, image size, mean and std in its metadata
-python weights.py export FILE --to onnx            a graph with a free batch size (pip install '.[onnx]')
+python -m weights.export FILE --to timm          a folder for timm.create_model("local-dir:FOLDER", pretrained=True)
+python -m weights.export FILE --to safetensors   one file; heads, image size, mean and std in its metadata
+python -m weights.export FILE --to onnx          a graph with a free batch size (pip install '.[onnx]')
 """
 import argparse
 import importlib.util
 import json
 import os
 import struct
+import sys
 
 import torch
 
+from nets.beit import BeitViT, TwoHeads
 from vit import Swin
-from weights import TYPES, read, refuse, summary, whole
+from weights.reading import TYPES, load_classifier, read, refuse, summary
 
 # timm's entries of these widths, depths and patches. Any other shape is a ViT-Base with every option overridden.
 TIMM = {(192, 12, 16): "vit_tiny_patch16_224", (384, 12, 16): "vit_small_patch16_224",
         (1024, 24, 16): "vit_large_patch16_224", (1280, 32, 14): "vit_huge_patch14_224"}
 
+# How a file's name ends when --out does not say.
+ENDINGS = dict(timm="-timm", safetensors=".safetensors", onnx=".onnx")
+
 
 def facts_of(weights, model):
-    """What must not get lost beside the tensors. mean and std, if not stored, are ImageNet's, or 0 and 1 where the
+    """What must not get lost beside the tensors. mean and std, where not stored, are ImageNet's, or 0 and 1 where the
     channels are not three."""
-    config, n = weights.config, model.config["in_chans"]
-    usual = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if n == 3 else ((0.0,) * n, (1.0,) * n)
-    stored = ("method", "mean", "std", "classes", "resize_offset", "final_norm")
-    kept = ("heads", "window", "img_size", "num_classes", "eps")
-    return {**{k: model.config[k] for k in kept if k in model.config}, "readout": model.readout,
-            **dict(zip(("mean", "std"), usual)), **{k: config[k] for k in stored if config.get(k)}}
+    channels = model.config["in_chans"]
+    facts = {k: model.config[k] for k in ("heads", "window", "img_size", "num_classes", "eps") if k in model.config}
+    facts["pool"] = model.pool
+    facts["mean"] = (0.485, 0.456, 0.406) if channels == 3 else (0.0,) * channels
+    facts["std"] = (0.229, 0.224, 0.225) if channels == 3 else (1.0,) * channels
+    for name in ("method", "mean", "std", "classes", "resize_offset", "final_norm"):
+        if weights.config.get(name):
+            facts[name] = weights.config[name]
+    return facts
 
 
 def write_safetensors(path, state, facts):
@@ -37,11 +45,11 @@ def write_safetensors(path, state, facts):
     the tensors, wide types first, so that all are aligned."""
     facts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
     header, end = {"__metadata__": {"format": "pt", **facts}}, 0
+    names = {dtype: name for name, dtype in TYPES.items()}
     state = dict(sorted(state.items(), key=lambda item: -item[1].element_size()))
     for name, t in state.items():
         begin, end = end, end + t.nbytes
-        kind = next(kind for kind, dtype in TYPES.items() if dtype == t.dtype)
-        header[name] = dict(dtype=kind, shape=list(t.shape), data_offsets=[begin, end])
+        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
@@ -50,31 +58,46 @@ def write_safetensors(path, state, facts):
             f.write(t.flatten().view(torch.uint8).numpy())
 
 
+def unfit_for_timm(model):
+    """What of a network timm's have no place for, or None."""
+    c, swin = model.config, isinstance(model, Swin)
+    if isinstance(model, TwoHeads):
+        return "two heads"
+    if c["eps"] != (1e-5 if swin else 1e-6):
+        return f"an eps of {c['eps']}"
+    if swin and any(h != w and min(h, w) <= c["window"] for h, w in model.maps(*c["img_size"])):
+        return "a map that is not square and no larger than a window"           # timm would cut it otherwise
+    return None
+
+
 def write_timm(path, model, facts):
-    """A folder as timm's create_model reads it; num_heads is what its own default gets wrong without a word. What has
-    relative positions, layer scale or no key bias is a BEiT there."""
-    c, pool, swin = model.config, "token" if model.readout == "cls" else "avg", isinstance(model, Swin)
+    """A folder as timm's create_model reads it. num_heads is what its own default gets wrong without a word."""
+    c, state, pool = model.config, model.state_dict(), "token" if model.pool == "cls" else "avg"
     args = dict(img_size=c["img_size"], patch_size=c["patch_size"], in_chans=c["in_chans"], embed_dim=c["dim"],
                 num_heads=c["heads"], mlp_ratio=c["mlp_ratio"], global_pool=pool)
-    name, state = "swin_tiny_patch4_window7_224", model.state_dict()
-    if swin:                                                    # of which timm renames the tensors by itself
-        args |= dict(depths=c["depths"], window_size=c["window"])
-    else:
-        args["depth"] = c["depth"]
-        name = TIMM.get((c["dim"], c["depth"], c["patch_size"]), "vit_base_patch16_224")
-    if not swin and (c["relative"] or c["layer_scale"] or not c["key_bias"]):
+    if isinstance(model, Swin):                                 # timm renames its tensors by itself
+        name = "swin_tiny_patch4_window7_224"
+        args.update(depths=c["depths"], window_size=c["window"])
+    elif isinstance(model, BeitViT):
         name = "beit_base_patch16_224"
-        args |= dict(use_abs_pos_emb=True, use_rel_pos_bias=c["relative"], init_values=c["layer_scale"] or None)
+        args.update(depth=c["depth"], use_abs_pos_emb=True, use_rel_pos_bias=c["relative"],
+                    init_values=c["layer_scale"] or None)
+        state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
         for key in [k for k in state if k.endswith("attn.qkv.bias")]:       # a key's bias cancels in the softmax
             q, _, v = state.pop(key).chunk(3)
-            state |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
-        state = {k: v for k, v in state.items() if not k.endswith("relative_position_index")}
+            state.update({key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v})
+    else:
+        name = TIMM.get((c["dim"], c["depth"], c["patch_size"]), "vit_base_patch16_224")
+        args.update(depth=c["depth"])
     data = dict(input_size=[c["in_chans"], *c["img_size"]], fixed_input_size=True, interpolation="bicubic",
                 crop_pct=0.875 if max(c["img_size"]) <= 224 else 1.0, mean=facts["mean"], std=facts["std"],
-                num_classes=c["num_classes"], classifier="head.fc" if swin else "head", first_conv="patch_embed.proj")
-    names = {"label_names": facts["classes"]} if "classes" in facts else {}
+                num_classes=c["num_classes"], classifier="head.fc" if isinstance(model, Swin) else "head",
+                first_conv="patch_embed.proj")
     config = dict(architecture=name, num_classes=c["num_classes"], num_features=model.width, global_pool=pool,
-                  model_args=args, pretrained_cfg=data, **names)
+                  model_args=args, pretrained_cfg=data)
+    if "classes" in facts:
+        config["label_names"] = facts["classes"]
+    os.makedirs(path, exist_ok=True)
     with open(os.path.join(path, "config.json"), "w") as f:
         json.dump(config, f, indent=2)
     write_safetensors(os.path.join(path, "model.safetensors"), state, facts)
@@ -94,35 +117,24 @@ def write_onnx(path, model, facts):
 
 
 def export(path, to, out=None, heads=None):
-    """Write the encoder of any readable file, or its classifier if it has a head, for others, and say what. Returns
-    where.
-
-    to    "timm": a folder for timm.create_model("local-dir:FOLDER", pretrained=True); "safetensors": one file in
-          published names, with heads, image size, mean and std in its metadata; "onnx": see write_onnx
-    out   default: FILE with another ending. Written beside, then renamed; what exists is refused
-    """
+    """Write the encoder of any readable file, or its classifier if it has a head, as "timm", "safetensors" or "onnx",
+    and say what. out: default FILE with another ending; written beside, then renamed; what exists is refused. Returns
+    where it is."""
     if to == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise SystemExit("--to onnx needs the packages onnx and onnxscript: pip install '.[onnx]'")
     weights = read(path)
-    endings = dict(timm="-timm", safetensors=".safetensors", onnx=".onnx")
-    out = os.path.normpath(out or os.path.splitext(weights.path)[0] + endings[to])
+    out = os.path.normpath(out or os.path.splitext(weights.path)[0] + ENDINGS[to])
     if os.path.lexists(out):
         refuse(out, "exists: move it away, or give another --out")
-    model, left = whole(weights, heads)
+    model, left = load_classifier(weights, heads)
     c, state, facts = model.config, model.state_dict(), facts_of(weights, model)
-    two, swin = "head_dist.weight" in state, isinstance(model, Swin)
-    if to == "timm" and (two or c["eps"] != (1e-5 if swin else 1e-6)):
-        refuse(weights.path, f"has {'two heads' if two else 'an eps of ' + str(c['eps'])}, for which timm's networks "
-                             "have no place: --to safetensors and onnx keep it")
-    maps = model.maps(*c["img_size"]) if swin else []
-    if to == "timm" and any(h != w and min(h, w) <= c["window"] for h, w in maps):
-        refuse(weights.path, f"sees images of {' x '.join(map(str, c['img_size']))}, where one of its maps is no "
-                             "larger than a window and not square: timm would cut it otherwise. --to safetensors keeps "
-                             "it")
+    unfit = unfit_for_timm(model)
+    if to == "timm" and unfit:
+        refuse(weights.path, f"has {unfit}, for which timm's networks have no place: --to safetensors and onnx keep it")
     if to == "onnx" and sum(t.nbytes for t in state.values()) >= 2 ** 31:
         refuse(weights.path, "has more weights than the 2 GiB that one ONNX file can hold")
     try:
-        os.makedirs(f"{out}.tmp" if to == "timm" else os.path.dirname(out) or ".", exist_ok=True)
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
         if to == "timm":
             write_timm(f"{out}.tmp", model, facts)
         elif to == "onnx":
@@ -132,23 +144,29 @@ def export(path, to, out=None, heads=None):
         os.rename(f"{out}.tmp", out)
     except OSError as error:
         refuse(out, f"cannot be written: {error}")
+    size = " x ".join(map(str, c["img_size"]))
+    usual = "" if weights.config.get("mean") else " (not stored: the usual)"
     print(f"{weights.path} -> {out}: width {model.width}, {model.depth} layers, {c['heads']} heads, patches of "
-          f"{c['patch_size']}, images of {' x '.join(map(str, c['img_size']))} and {c['in_chans']} channels, readout "
-          f"{model.readout}, {c['num_classes'] or 'no'} classes, mean {facts['mean']}, std {facts['std']}"
-          f"{'' if weights.config.get('mean') else ' (not stored: the usual)'}; left out: {summary(left)}")
+          f"{c['patch_size']}, images of {size} and {c['in_chans']} channels, pool {model.pool}, "
+          f"{c['num_classes'] or 'no'} classes, mean {facts['mean']}, std {facts['std']}{usual}; "
+          f"left out: {summary(left)}")
     if to == "timm":
         print(f'timm.create_model("local-dir:{out}", pretrained=True)')
     return out
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="weights.py export", allow_abbrev=False)
-    parser.error = lambda message: refuse("weights.py export:", f"{message} (--help lists the options)")
+    parser = argparse.ArgumentParser(prog="python -m weights.export", allow_abbrev=False)
+    parser.error = lambda message: refuse("python -m weights.export:", f"{message} (--help lists the options)")
     parser.add_argument("path", metavar="FILE", help="a checkpoint of any layout; FILE:KEY for one network of it")
-    parser.add_argument("--to", required=True, choices=["timm", "safetensors", "onnx"])
+    parser.add_argument("--to", required=True, choices=ENDINGS)
     parser.add_argument("--out", help="file, or folder for timm, to make (default: FILE with another ending)")
     parser.add_argument("--heads", type=int, help="attention heads, where the file does not say")
     options = vars(parser.parse_args(argv))
     if options["heads"] is not None and options["heads"] < 1:
         parser.error("--heads must be at least 1")
     return export(**options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -13,10 +13,11 @@ import pytest
 import torch
 from conftest import write_images
 
-import data
-import sources
-from data import RandomCrops, open_image
-from sources import Shapes, describe, find, thin
+from data import RandomCrops, decode, open_image, resize
+from images import named, tars
+from images.datasets import describe, open_dataset, subset
+from images.shapes import Shapes
+from tools import pack as packing
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_folder_with_classes(classes):
-    train, val = find(str(classes)), find(str(classes), "val")
+    train, val = open_dataset(str(classes)), open_dataset(str(classes), "val")
     assert (len(train), len(val), train.classes) == (40, 8, ["a", "b"])
     assert train.labels.tolist() == [0] * 20 + [1] * 20
     assert train.name(0).endswith("train/a/000.png") and open_image(train.read(0)).size == (24, 24)
@@ -35,28 +36,28 @@ def test_folder_with_classes(classes):
 
 def test_folders_without_labels(tmp_path, classes):
     write_images(tmp_path / "flat", 3)
-    flat = find(str(tmp_path / "flat"))
-    assert len(flat) == 3 and flat.labels is None and find(str(tmp_path / "flat"), "val") is None
-    nested = find(str(classes / "train"))   # below train/ itself, sub-folders may mean anything
+    flat = open_dataset(str(tmp_path / "flat"))
+    assert len(flat) == 3 and flat.labels is None and open_dataset(str(tmp_path / "flat"), "val") is None
+    nested = open_dataset(str(classes / "train"))   # below train/ itself, sub-folders may mean anything
     assert len(nested) == 40 and nested.labels is None
     write_images(tmp_path / "parted" / "train", 3)
     (tmp_path / "parted" / "train" / ".cache").mkdir()          # no class
-    assert find(str(tmp_path / "parted")).labels is None        # train/ without sub-folders
+    assert open_dataset(str(tmp_path / "parted")).labels is None        # train/ without sub-folders
     write_images(tmp_path / "parted" / "train" / "more", 2)
-    mixed = find(str(tmp_path / "parted"))                      # with images beside sub-folders: none is left out
+    mixed = open_dataset(str(tmp_path / "parted"))              # with images beside sub-folders: none is left out
     assert len(mixed) == 5 and mixed.labels is None
 
 
 def test_test_folder_serves_as_val(tmp_path):
     for split in ("train", "test"):
         write_images(tmp_path / split / "x", 2)
-    assert len(find(str(tmp_path), "val")) == 2
+    assert len(open_dataset(str(tmp_path), "val")) == 2
 
 
 def test_links_in_a_circle_and_odd_names(tmp_path):
     write_images(tmp_path / "yellow lady's slipper é", 2, suffix=".PNG")
     os.symlink(tmp_path, tmp_path / "yellow lady's slipper é" / "loop")
-    source = find(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert len(source) == 2 and open_image(source.read(1)).size == (24, 24)
 
 
@@ -67,24 +68,24 @@ def test_links_in_a_circle_and_odd_names(tmp_path):
     (lambda p: (p / "file").write_text("x") and p / "file", "is a file, but no tar")])
 def test_mistaken_folders(tmp_path, make, words):
     with pytest.raises(SystemExit, match=words):
-        find(str(make(tmp_path)))
+        open_dataset(str(make(tmp_path)))
 
 
 def test_missing_imagenet_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IMAGENET", raising=False)
     with pytest.raises(SystemExit, match=r"\./imagenet .*--demo"):
-        find("imagenet")
+        open_dataset("imagenet")
     write_images(tmp_path / "elsewhere", 2)
     monkeypatch.setenv("IMAGENET", str(tmp_path / "elsewhere"))
-    assert len(find("imagenet")) == 2
+    assert len(open_dataset("imagenet")) == 2
 
 
 def test_empty_class(tmp_path):
     write_images(tmp_path / "train" / "a", 2)
     (tmp_path / "train" / "b").mkdir()
     with pytest.raises(SystemExit, match="1 class folders hold no image, first .*b: fill them or remove them"):
-        find(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 def test_shapes():
@@ -141,9 +142,9 @@ def test_a_tar_is_the_folder(odd_set, tmp_path, inside, format):
         os.rename(odd_set / "val" / "é", odd_set / "val" / "e")
     path = tar(tmp_path / "x.tar", odd_set, inside, format)
     for split in ("train", "val"):
-        same(find(path, split), find(str(odd_set), split))
-    assert "1 .txt" in describe(find(path)) and "1 .txt" in describe(find(str(odd_set)))
-    same(find(path), find(path))                                # the second time from the index
+        same(open_dataset(path, split), open_dataset(str(odd_set), split))
+    assert "1 .txt" in describe(open_dataset(path)) and "1 .txt" in describe(open_dataset(str(odd_set)))
+    same(open_dataset(path), open_dataset(path))                                # the second time from the index
 
 
 def test_a_tar_of_all_three_parts_and_of_other_things(odd_set, tmp_path):
@@ -152,17 +153,17 @@ def test_a_tar_of_all_three_parts_and_of_other_things(odd_set, tmp_path):
     write_images(odd_set / "docs", 2, side=8, seed=4)
     path = tar(tmp_path / "x.tar", odd_set)
     for split in ("train", "val"):
-        same(find(path, split), find(str(odd_set), split))
-    assert len(find(path, "val")) == 5 and find(path).classes
+        same(open_dataset(path, split), open_dataset(str(odd_set), split))
+    assert len(open_dataset(path, "val")) == 5 and open_dataset(path).classes
 
 
 def test_hidden_things_are_no_images(tmp_path):
     for name in ("a", ".thumbs", "__MACOSX", "a/.cache"):
         write_images(tmp_path / "set" / "train" / name, 2, side=8)
     os.symlink("loop.png", tmp_path / "set" / "train" / "a" / "loop.png")
-    folder = find(str(tmp_path / "set"))
+    folder = open_dataset(str(tmp_path / "set"))
     assert (len(folder), folder.classes) == (2, ["a"]) and "1 dead links" in describe(folder)
-    same(find(tar(tmp_path / "x.tar", tmp_path / "set")), folder)
+    same(open_dataset(tar(tmp_path / "x.tar", tmp_path / "set")), folder)
 
 
 def test_tars_in_place_of_folders(odd_set, tmp_path):
@@ -172,11 +173,11 @@ def test_tars_in_place_of_folders(odd_set, tmp_path):
     tar(home / "val.tar", odd_set / "val", "val")
     for given in (home, home / "train.tar"):
         for split in ("train", "val"):
-            same(find(str(given), split), find(str(odd_set), split))
-    assert find(tar(tmp_path / "any.tar", odd_set / "train")).classes is None       # as for any other folder
-    assert find(str(tmp_path / "any.tar"), "val") is None
+            same(open_dataset(str(given), split), open_dataset(str(odd_set), split))
+    assert open_dataset(tar(tmp_path / "any.tar", odd_set / "train")).classes is None       # as for any other folder
+    assert open_dataset(str(tmp_path / "any.tar"), "val") is None
     write_images(tmp_path / "flat", 3)
-    same(find(tar(tmp_path / "flat.tar", tmp_path / "flat")), find(str(tmp_path / "flat")))
+    same(open_dataset(tar(tmp_path / "flat.tar", tmp_path / "flat")), open_dataset(str(tmp_path / "flat")))
 
 
 def imagenet(odd_set, home):
@@ -197,12 +198,12 @@ def imagenet(odd_set, home):
 def test_imagenets_own_tars(odd_set, tmp_path):
     home = tmp_path / "home"
     val = imagenet(odd_set, home)
-    same(find(str(home)), find(str(odd_set)))
-    same(find(str(home / "ILSVRC2012_img_train.tar")), find(str(odd_set)))
-    source = find(str(home), "val")
-    assert source.classes == find(str(home)).classes and [source.classes[k] for k in source.labels] == val
+    same(open_dataset(str(home)), open_dataset(str(odd_set)))
+    same(open_dataset(str(home / "ILSVRC2012_img_train.tar")), open_dataset(str(odd_set)))
+    source = open_dataset(str(home), "val")
+    assert source.classes == open_dataset(str(home)).classes and [source.classes[k] for k in source.labels] == val
     (home / "meta.bin").unlink()
-    assert find(str(home), "val").labels is None
+    assert open_dataset(str(home), "val").labels is None
 
 
 def test_broken_inner_header(odd_set, tmp_path):
@@ -216,7 +217,7 @@ def test_broken_inner_header(odd_set, tmp_path):
     file[at + 150] ^= 1                                         # in the checksum
     path.write_bytes(file)
     with pytest.raises(SystemExit, match=rf"a-b.tar in .* has a damaged header, at byte {at:,}: get it again"):
-        find(str(path))
+        open_dataset(str(path))
 
 
 def test_links_in_a_tar(tmp_path):
@@ -229,7 +230,7 @@ def test_links_in_a_tar(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, target
             archive.addfile(info)
-    source = find(path)
+    source = open_dataset(path)
     assert [source.relative(i) for i in range(4)] == ["a/000.png", "a/001.png", "a/soft.png", "b/hard.png"]
     assert source.read(2) == source.read(0) and source.read(3) == source.read(1)
     assert "1 dead links" in describe(source)
@@ -240,7 +241,7 @@ def test_compressed_tars_are_refused(classes, tmp_path, mode, tool):
     with tarfile.open(tmp_path / "x.tar", mode) as archive:     # whatever it is called
         archive.add(classes, ".")
     with pytest.raises(SystemExit, match=f"is compressed, .* with {tool} and give the plain tar"):
-        find(str(tmp_path / "x.tar"))
+        open_dataset(str(tmp_path / "x.tar"))
 
 
 def test_a_tar_cut_short_anywhere_is_refused(tmp_path):
@@ -252,12 +253,12 @@ def test_a_tar_cut_short_anywhere_is_refused(tmp_path):
     for cut in [*range(0, end, 100), *range(512, end + 512, 512), end - 1, end, end + 511]:
         (tmp_path / "x.tar").write_bytes(whole[:cut])
         with pytest.raises(SystemExit, match="cut short|damaged header|no tar|no image"):
-            find(str(tmp_path / "x.tar"))
+            open_dataset(str(tmp_path / "x.tar"))
     (tmp_path / "x.tar").write_bytes(whole[:end + 512])
-    assert len(find(str(tmp_path / "x.tar"))) == 3
+    assert len(open_dataset(str(tmp_path / "x.tar"))) == 3
     (tmp_path / "x.tar").write_bytes(whole + whole)
     with pytest.raises(SystemExit, match="goes on after its end mark"):
-        find(str(tmp_path / "x.tar"))
+        open_dataset(str(tmp_path / "x.tar"))
 
 
 def test_class_folders_without_images_in_a_tar(tmp_path):
@@ -265,20 +266,20 @@ def test_class_folders_without_images_in_a_tar(tmp_path):
     (tmp_path / "set" / "train" / "b").mkdir()
     (tmp_path / "set" / "train" / "b" / "readme.txt").write_text("x")
     with pytest.raises(SystemExit, match="1 class folders hold no image, first .*train/b"):
-        find(tar(tmp_path / "x.tar", tmp_path / "set"))
+        open_dataset(tar(tmp_path / "x.tar", tmp_path / "set"))
     with tarfile.open(tmp_path / "y.tar", "w") as archive:      # without entries for folders
         for path in sorted((tmp_path / "set").rglob("*.*")):
             archive.add(path, path.relative_to(tmp_path / "set"))
     with pytest.raises(SystemExit, match="1 class folders hold no image, first .*train/b"):
-        find(str(tmp_path / "y.tar"))
+        open_dataset(str(tmp_path / "y.tar"))
 
 
 def test_damaged_members_are_replaced_and_named(tmp_path):
     write_images(tmp_path / "set", 4)
     (tmp_path / "set" / "001.png").write_bytes(b"not an image")
-    crops = RandomCrops(find(tar(tmp_path / "x.tar", tmp_path / "set")), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
-    img, _, failed = crops[0, 1]
-    assert torch.equal(img, crops[0, 2][0]) and failed.endswith("x.tar/001.png")
+    crops = RandomCrops(open_dataset(tar(tmp_path / "x.tar", tmp_path / "set")), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
+    imgs, _, failed = crops.__getitems__([(0, 1), (0, 2)])
+    assert torch.equal(imgs[0], imgs[1]) and len(failed) == 1 and failed[0].endswith("x.tar/001.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -287,38 +288,38 @@ def test_damaged_members_are_replaced_and_named(tmp_path):
 
 def reads(monkeypatch):
     """Counts how often a tar is gone through."""
-    calls, contents = [], sources.contents
-    monkeypatch.setattr(sources, "contents", lambda path: calls.append(path) or contents(path))
+    calls, contents = [], tars.contents
+    monkeypatch.setattr(tars, "contents", lambda path: calls.append(path) or contents(path))
     return calls
 
 
 def test_index_is_made_once_and_checked(tmp_path, monkeypatch):
     write_images(tmp_path / "set", 3)
     path, calls = tar(tmp_path / "x.tar", tmp_path / "set"), reads(monkeypatch)
-    first = find(path)
-    same(find(path), first)
-    assert len(calls) == 1 and isinstance(find(path).table, np.memmap)     # mapped: no process holds a copy
+    first = open_dataset(path)
+    same(open_dataset(path), first)
+    assert len(calls) == 1 and isinstance(open_dataset(path).images, np.memmap)     # mapped: no process holds a copy
     write_images(tmp_path / "set", 4, seed=5)
     time.sleep(0.01)
     tar(path, tmp_path / "set")                                 # another tar of this name
-    assert len(find(path)) == 4 and len(calls) == 2
-    same(find(path), find(str(tmp_path / "set")))
+    assert len(open_dataset(path)) == 4 and len(calls) == 2
+    same(open_dataset(path), open_dataset(str(tmp_path / "set")))
     os.utime(path, ns=(1, 1))                                   # the same size, another date
-    assert len(find(path)) == 4 and len(calls) == 3
+    assert len(open_dataset(path)) == 4 and len(calls) == 3
 
 
 def test_damaged_index_is_made_again(tmp_path):
     write_images(tmp_path / "set", 3)
     path = tar(tmp_path / "x.tar", tmp_path / "set")
-    find(path)
+    open_dataset(path)
     index = tmp_path / "x.tar.index"
     whole = index.read_bytes()
     for cut in range(0, len(whole), 7):
         index.write_bytes(whole[:cut])
-        same(find(path), find(str(tmp_path / "set")))
+        same(open_dataset(path), open_dataset(str(tmp_path / "set")))
         assert index.read_bytes() == whole
     index.write_bytes(b"\xff" * 100)
-    same(find(path), find(str(tmp_path / "set")))
+    same(open_dataset(path), open_dataset(str(tmp_path / "set")))
 
 
 def test_index_goes_elsewhere_where_it_must(tmp_path, monkeypatch, capsys):
@@ -326,17 +327,17 @@ def test_index_goes_elsewhere_where_it_must(tmp_path, monkeypatch, capsys):
     path, calls = tar(tmp_path / "x.tar", tmp_path / "set"), reads(monkeypatch)
     (tmp_path / "x.tar.index").mkdir()                          # nothing can be written there, not even by root
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert len(find(path)) == len(find(path)) == 3 and len(calls) == 1
+    assert len(open_dataset(path)) == len(open_dataset(path)) == 3 and len(calls) == 1
     assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(find(path)) == 3 and "cannot be kept" in capsys.readouterr().out
+    assert len(open_dataset(path)) == 3 and "cannot be saved" in capsys.readouterr().out
 
 
 def test_a_tar_that_shrinks_under_a_run(tmp_path):
     write_images(tmp_path / "set", 3)
     path = tar(tmp_path / "x.tar", tmp_path / "set")
-    source = find(path)
+    source = open_dataset(path)
     os.truncate(path, 1000)
     with pytest.raises(OSError, match="has become shorter"):
         source.read(2)
@@ -348,12 +349,12 @@ def test_a_tar_that_shrinks_under_a_run(tmp_path):
 
 def test_every_named_set_is_known_to_torchvision(tmp_path, monkeypatch):
     monkeypatch.setenv("DATASETS", str(tmp_path / "nothing"))
-    for name, (make, train, val, *_) in sources.sets().items():
+    for name, (make, train, val, *_) in named.SETS.items():
         for part in train + val:
             inspect.signature(make).bind("root", download=False, **part)
         # Some lists need scipy, which is not asked for by anything else.
         with pytest.raises(SystemExit, match=f"{name} is not whole under .*: give --download, or set DATASETS|scipy"):
-            find(name)
+            open_dataset(name)
 
 
 def test_official_parts_of_a_named_set(tmp_path, monkeypatch):
@@ -366,14 +367,14 @@ def test_official_parts_of_a_named_set(tmp_path, monkeypatch):
         lines = [f"{name}/{i:03}.jpg" for name in ("banded", "zigzagged") for i in which]
         (base / "labels" / f"{split}1.txt").write_text("\n".join(lines))
     monkeypatch.setenv("DATASETS", str(tmp_path))
-    train, val = find("dtd"), find("dtd", "val")
+    train, val = open_dataset("dtd"), open_dataset("dtd", "val")
     assert train.labels.tolist() == [0, 0, 1, 1, 0, 1] and val.labels.tolist() == [0, 1]
     assert train.classes == val.classes == ["banded", "zigzagged"]
     assert train.read(4) == (base / "images" / "banded" / "002.jpg").read_bytes()
-    assert RandomCrops(train, (8, 8), 3, 0, (0.2, 1.0), "bicubic")[0, 5][2] is None
+    assert RandomCrops(train, (8, 8), 3, 0, (0.2, 1.0), "bicubic").__getitems__([(0, 5)])[2] == []
     monkeypatch.chdir(tmp_path)
-    assert find("dtd/dtd/images").labels is None                # a path is a path
-    assert find("./dtd").labels is None
+    assert open_dataset("dtd/dtd/images").labels is None                # a path is a path
+    assert open_dataset("./dtd").labels is None
 
 
 def test_caltech101_gets_thirty_per_class(tmp_path, monkeypatch):
@@ -386,40 +387,40 @@ def test_caltech101_gets_thirty_per_class(tmp_path, monkeypatch):
     (tmp_path / "caltech101" / "Annotations").mkdir()
     monkeypatch.setenv("DATASETS", str(tmp_path))
     monkeypatch.chdir(ROOT)
-    train, val = find("caltech101"), find("caltech101", "val")
+    train, val = open_dataset("caltech101"), open_dataset("caltech101", "val")
     assert np.bincount(train.labels).tolist() == [30, 30] and np.bincount(val.labels).tolist() == [3, 3]
-    assert not set(train.paths) & set(val.paths) and open_image(val.read(0)).size == (8, 8)
+    assert not set(train.images) & set(val.images) and open_image(val.read(0)).size == (8, 8)
 
 
 def test_fractions_are_balanced_and_repeatable():
     whole = Shapes(length=1000)
-    tenth = thin(whole, 0.1, seed=3)
-    assert np.bincount(tenth.labels).tolist() == [10] * 10 and len(set(tenth.chosen)) == 100
-    assert all(tenth.read(i).tobytes() == whole.read(k).tobytes() for i, k in enumerate(tenth.chosen[:5]))
-    assert np.array_equal(tenth.chosen, thin(whole, 0.1, seed=3).chosen)
-    assert not np.array_equal(tenth.chosen, thin(whole, 0.1, seed=4).chosen)
-    assert np.bincount(thin(whole, 0.001, 0).labels).tolist() == [1] * 10           # every class stays
-    assert thin(whole, 1.0, 0) is whole
+    tenth = subset(whole, 0.1, seed=3)
+    assert np.bincount(tenth.labels).tolist() == [10] * 10 and len(set(tenth.images)) == 100
+    assert all(tenth.read(i).tobytes() == whole.read(k).tobytes() for i, k in enumerate(tenth.images[:5]))
+    assert np.array_equal(tenth.images, subset(whole, 0.1, seed=3).images)
+    assert not np.array_equal(tenth.images, subset(whole, 0.1, seed=4).images)
+    assert np.bincount(subset(whole, 0.001, 0).labels).tolist() == [1] * 10           # every class stays
+    assert subset(whole, 1.0, 0) is whole
     for wrong in (0.0, 1.5, -1.0, float("nan")):
         with pytest.raises(SystemExit, match="--fraction is above 0 and at most 1"):
-            thin(whole, wrong, 0)
+            subset(whole, wrong, 0)
 
 
 def test_fraction_without_labels(tmp_path):
     write_images(tmp_path, 10, side=8)
-    assert len(thin(find(str(tmp_path)), 0.3, 0)) == 3
+    assert len(subset(open_dataset(str(tmp_path)), 0.3, 0)) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# python data.py pack, python data.py inspect
+# python -m tools.pack, python -m tools.pack inspect
 
 
 def pack(*args, expect=None):
     if expect:
         with pytest.raises(SystemExit, match=expect):
-            data.command_line(["pack", *map(str, args), "--workers", "0"])
+            packing.command_line(["pack", *map(str, args), "--workers", "0"])
     else:
-        data.command_line(["pack", *map(str, args), "--workers", "0"])
+        packing.command_line(["pack", *map(str, args), "--workers", "0"])
 
 
 @pytest.fixture(scope="module")
@@ -436,39 +437,39 @@ def test_packed_is_the_same_set_only_smaller(large, tmp_path, capsys):
     pack(large, tmp_path / "p.tar", "--short-side", 32, "--quality", 95)
     out = capsys.readouterr().out
     assert "packed 19 images" in out and "1 cannot be read and were left out" in out and "003.jpg" in out
-    before, after = find(str(large)), find(str(tmp_path / "p.tar"))
+    before, after = open_dataset(str(large)), open_dataset(str(tmp_path / "p.tar"))
     assert after.classes == before.classes and np.bincount(after.labels).tolist() == [7, 8]
     names = [n for n in map(before.relative, range(16)) if n != "a/003.jpg"]
     assert [after.relative(i) for i in range(15)] == [n if n.endswith("jpg") else n + ".jpg" for n in names]
     assert {open_image(after.read(i)).size for i in range(7)} == {(32, 32)}
     assert {open_image(after.read(i)).size for i in range(7, 15)} == {(20, 20)}     # never made larger
-    assert len(find(str(tmp_path / "p.tar"), "val")) == 4
-    small, true = data.decode(after.read(0)), data.resize(data.decode(before.read(0)), (32, 32), "bicubic")
+    assert len(open_dataset(str(tmp_path / "p.tar"), "val")) == 4
+    small, true = decode(after.read(0)), resize(decode(before.read(0)), (32, 32), "bicubic")
     assert (small.int() - true.int()).abs().float().mean() < 3
     assert sorted(os.listdir(tmp_path)) == ["p.tar", "p.tar.index"]
 
 
 def test_what_fits_goes_over_byte_for_byte(large, tmp_path):
     pack(large, tmp_path / "p.tar", "--short-side", 60)
-    assert find(str(tmp_path / "p.tar")).read(0) == find(str(large)).read(0)
+    assert open_dataset(str(tmp_path / "p.tar")).read(0) == open_dataset(str(large)).read(0)
     write_images(tmp_path / "flat", 3, suffix=".jpg")
     pack(tmp_path / "flat", tmp_path / "flat.tar")
-    same(find(str(tmp_path / "flat.tar")), find(str(tmp_path / "flat")))
+    same(open_dataset(str(tmp_path / "flat.tar")), open_dataset(str(tmp_path / "flat")))
 
 
 def test_pack_interrupted_at_any_byte_goes_on_to_the_same_tar(large, tmp_path, monkeypatch):
     """Stopped after each image in turn, with what was written since the last note cut anywhere, or rubbish after it."""
     pack(large, tmp_path / "whole.tar", "--short-side", 32)
-    whole, smaller, rng = (tmp_path / "whole.tar").read_bytes(), data.smaller, np.random.default_rng(0)
+    whole, smaller, rng = (tmp_path / "whole.tar").read_bytes(), packing.smaller, np.random.default_rng(0)
     dest, part, note = (tmp_path / name for name in ("p.tar", "p.tar.part", "p.tar.part.json"))
     for stop in range(0, 20):
         def stopping(source, i, folder, *settings, stop=stop):
             if (folder == "val/") * 16 + i == stop:
                 raise KeyboardInterrupt
             return smaller(source, i, folder, *settings)
-        monkeypatch.setattr(data, "smaller", stopping)
+        monkeypatch.setattr(packing, "smaller", stopping)
         pack(large, dest, "--short-side", 32, expect="stopped: the same command goes on")
-        monkeypatch.setattr(data, "smaller", smaller)
+        monkeypatch.setattr(packing, "smaller", smaller)
         assert not dest.exists()
         told = json.loads(note.read_text())
         assert told["bytes"] == part.stat().st_size and whole.startswith(part.read_bytes())
@@ -532,9 +533,9 @@ def ps(*args):
 def test_killed_pack_goes_on(large, tmp_path, capsys):
     """A real process, kill -9 at several moments."""
     pack(large, tmp_path / "whole.tar", "--short-side", 32)
-    code = ("import data, time; say = data.smaller\n"
-            "def slow(*a):\n    time.sleep(0.03); return say(*a)\n"
-            "data.smaller, data.NOTE_EVERY = slow, 0.05; data.command_line()")
+    code = ("import time; from tools import pack; quick = pack.smaller\n"
+            "def slow(*a):\n    time.sleep(0.03); return quick(*a)\n"
+            "pack.smaller, pack.NOTE_EVERY = slow, 0.05; pack.command_line()")
     command = [sys.executable, "-c", code, "pack", large, tmp_path / "p.tar", "--short-side", "32", "--workers", "1"]
     note, begun = tmp_path / "p.tar.part.json", 0
     for _ in range(2):
@@ -570,10 +571,26 @@ def test_mistaken_packs(large, tmp_path):
 
 
 def test_inspect(large, tmp_path, capsys):
-    assert data.command_line(["inspect", str(large), "--workers", "0"]) == 1
+    assert packing.command_line(["inspect", str(large), "--workers", "0"]) == 1
     out = capsys.readouterr().out
     for words in ("train: 16 images in 2 classes", "val: 4 images", "short side 20 to 60 pixels", "7 JPEG RGB",
                   "8 PNG RGB", "classes of 8 (a) to 8 (a)", "1 images cannot be read", "003.jpg: "):
         assert words in out, out
     write_images(tmp_path / "good", 2)
-    assert data.command_line(["inspect", str(tmp_path / "good"), "--workers", "0"]) == 0
+    assert packing.command_line(["inspect", str(tmp_path / "good"), "--workers", "0"]) == 0
+
+
+def test_commands_as_typed(large, tmp_path, capsys):
+    """With and without `pack` as the first word, options first or last; what to do with the tar is said."""
+    for k, words in enumerate((["pack", large, "A"], [large, "A"], ["--short-side", "32", large, "A"])):
+        dest = str(tmp_path / f"{k}.tar")
+        argv = [dest if word == "A" else str(word) for word in words]
+        assert not packing.command_line([*argv, "--workers", "0"])
+        assert f"train on it with --data {dest}" in capsys.readouterr().out and len(open_dataset(dest)) == 15
+    command = [sys.executable, "-m", "tools.pack", "inspect", str(large)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 1 and "1 images cannot be read" in out.stdout
+    for argv in (["inspect", "x", "--quality", "3"], ["x"], []):
+        with pytest.raises(SystemExit) as stop:
+            packing.command_line(argv)
+        assert stop.value.code == 2

@@ -1,0 +1,1 @@
+"""Networks beyond the plain ViT and Swin of vit.py."""

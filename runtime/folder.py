@@ -1,0 +1,294 @@
+"""
+The folder of a run: its lock, checkpoints that are never half written, going on from them, and the log.
+"""
+import fcntl
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, fields
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from runtime.options import fail
+from weights import digest, file_and_key
+
+# The numbers of a run do not depend on these options (on accum only through what is drawn; a teacher's file is compared
+# by itself), so it may be resumed with other values.
+RESUME_MAY_CHANGE = {"out", "compile", "distill_teacher", "teacher", "resume", "device", "workers", "download",
+                     "log_every", "save_every", "keep_every", "eval_every", "picture_every", "probe_every",
+                     "max_unreadable", "max_skipped", "accum"}
+
+
+def print_line(text, stream=None, end="\n"):
+    """Print one line. A screen that is gone or full costs the line, not the run."""
+    try:
+        print(text, file=stream or sys.stdout, end=end, flush=True)
+    except (OSError, ValueError) as error:
+        not_printed(error, text, stream, end)
+
+
+def not_printed(error, text, stream, end):
+    if isinstance(error, UnicodeEncodeError):                   # a file name that the screen has no letters for
+        print_line(ascii(text), stream, end)
+    else:                                                       # what is left in its buffer would fail again: drop it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if stream is sys.stderr else 1)
+
+
+def write_atomic(state, path, previous=None):
+    """Write beside, flush, rename: the old file or the new one is there, never half of one. Or OSError. previous: a
+    path under which the old file stays."""
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:                    # torch's zip writer makes a full disk a RuntimeError
+        with suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise OSError(str(error).splitlines()[0]) from error
+    if previous and os.path.exists(path):
+        os.replace(path, previous)
+    os.replace(f"{path}.tmp", path)
+
+
+def read_checkpoint(path):
+    """A checkpoint of ours, or None, with a warning, if it is damaged."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                  # one cut short fails as zip, pickle, EOF or unicode
+        saved = None
+        print_line(f"warning: {path} is damaged ({(str(error).splitlines() or [''])[0][:60]})")
+    return saved if isinstance(saved, dict) else None
+
+
+class FileOfRun:
+    """A file that a run stands on, such as a teacher's: checkpoints hold its digest, and a resumed run compares it."""
+
+    def __init__(self, path):
+        self.path, self.sha256 = path, digest(path) + file_and_key(path)[1]
+
+    def state_dict(self):
+        return dict(sha256=self.sha256)
+
+    def load_state_dict(self, state):
+        if state["sha256"] != self.sha256:
+            raise SystemExit(f"{self.path} is not the file that this run began with: give that one, or another --out")
+
+
+class RunFolder:
+    """The folder --out of one run. saved: the checkpoint to go on from, or None; parts: what a checkpoint holds.
+
+    Damaged files, another method's, or other options end in a sentence: nothing is restarted silently. The lock is the
+    process's own, so a killed run leaves none behind. save writes last.pt (the one before stays as previous.pt),
+    encoder.pt for others to read, and a copy under the epoch number `keep`; what cannot be written leaves the old files
+    whole: a warning, or, if it `must` be, the end.
+    """
+
+    def __init__(self, cfg, method, rank, world, images):
+        self.cfg, self.method, self.rank, self.world, self.images = cfg, method, rank, world, images
+        self.last, self.previous = os.path.join(cfg.out, "last.pt"), os.path.join(cfg.out, "previous.pt")
+        self.damaged, self.saved, self.parts, problem = False, None, {}, None
+        try:
+            self.lock()
+            self.saved = self.find_checkpoint()
+        except SystemExit as stop:
+            problem = stop.code
+        if world > 1:
+            problem = self.agree(problem)
+        if problem:
+            fail(problem)
+
+    def agree(self, problem):
+        """One process's problem is everybody's, and so are different steps to go on from."""
+        found = [None] * self.world
+        dist.all_gather_object(found, (problem, self.saved and self.saved["step"]))
+        problem = next((problem for problem, _ in found if problem), None)
+        if not problem and len({step for _, step in found}) > 1:
+            problem = f"processes would go on from different steps {found}: every node must see the same --out"
+        return problem
+
+    def lock(self):
+        try:
+            os.makedirs(self.cfg.out, exist_ok=True)
+            self.lock_file = open(os.path.join(self.cfg.out, ".lock"), "a")
+        except OSError as error:
+            raise SystemExit(f"--out {self.cfg.out} cannot be written: {error}") from None
+        try:
+            if self.rank == 0:                                  # lockf, not flock, which decoding processes inherit
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise SystemExit(f"another run is writing to {self.cfg.out}: stop it, or give another --out") from None
+        except OSError as error:
+            print_line(f"warning: {self.cfg.out} cannot be locked ({error}): see that only one run writes there")
+
+    def find_checkpoint(self):
+        """The checkpoint to go on from, or None in an empty folder."""
+        there, resume = [path for path in (self.last, self.previous) if os.path.exists(path)], self.cfg.resume
+        if resume == "none" and there:
+            raise SystemExit(f"{there[0]} exists and --resume none was given: give another --out, or move it away")
+        if resume not in ("auto", "none") and not there:        # later starts of the same command go on from last.pt
+            there = [resume]
+        return self.choose(there) if there else None
+
+    def choose(self, paths):
+        """The first of these checkpoints that is whole, and of this very run."""
+        for path in paths:
+            if not os.path.exists(path):
+                raise SystemExit(f"--resume {path} does not exist")
+            saved = read_checkpoint(path)
+            if saved:
+                self.check(path, saved)
+                return saved
+            self.damaged = True                                 # then previous.pt is the good one and must stay
+        raise SystemExit(f"{' and '.join(paths)} cannot be read as a checkpoint: move it away to start anew")
+
+    def check(self, path, saved):
+        """End in a sentence if a checkpoint is not one of this very run."""
+        if not {"step", "optimizer", "images"} <= set(saved):
+            raise SystemExit(f"{path} has weights but no run to go on with: give last.pt, or --init for its weights")
+        if saved.get("method") != self.method:
+            raise SystemExit(f"{path} is a checkpoint of {saved.get('method', 'something else')}, not of "
+                             f"{self.method}: give another --out")
+        old, new = dict(images=saved["images"]), dict(asdict(self.cfg), images=self.images)
+        for f in fields(self.cfg):                              # its option may have had another name, or not exist
+            old[f.name] = saved["config"].get(f.name, saved["config"].get(f.metadata["old"], f.default))
+        differ = [f"{name} was {old[name]}, is {new[name]}" for name in dict.fromkeys(["data", "images", *new])
+                  if name not in RESUME_MAY_CHANGE and old[name] != new[name]]
+        if differ:
+            more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise SystemExit(f"{path} belongs to a run with other options ({'; '.join(differ[:3])}{more}): give those, "
+                             "or another --out")
+        if (saved["world"], old["accum"]) != (self.world, self.cfg.accum) and self.rank == 0:
+            print_line(f"warning: {saved['world']} processes x {old['accum']} passes go on as {self.world} x "
+                       f"{self.cfg.accum}: no longer the same bit for bit")
+
+    def restore(self, parts):
+        self.parts = parts
+        return self.load() if self.saved else 0
+
+    def load(self):
+        """Load the checkpoint into the parts -> the number of optimizer steps done."""
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.saved[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0][:80]
+            raise SystemExit(f"the checkpoint in {self.cfg.out} does not fit this run ({reason}): it was made with a "
+                             "teacher or without one, or by an older version; give another --out, or --init for its "
+                             "weights") from None
+        step, self.saved = self.saved["step"], None             # its memory is free again
+        return step
+
+    def state(self, step):
+        """Everything needed to go on from optimizer step `step`, in plain types and tensors."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return dict(method=self.method, step=step, config=asdict(self.cfg), world=self.world, images=self.images,
+                    torch=str(torch.__version__), **parts)
+
+    def save(self, step, encoder, keep=None, must=False):
+        if self.rank:
+            return
+        try:
+            write_atomic(self.state(step), self.last, None if self.damaged else self.previous)
+            self.damaged = False
+            write_atomic(encoder, os.path.join(self.cfg.out, "encoder.pt"))
+            if keep:
+                write_atomic(self.state(step), os.path.join(self.cfg.out, f"epoch{keep:04}.pt"))
+        except OSError as error:
+            self.not_saved(f"step {step} could not be saved in {self.cfg.out} (is the disk full?): {error}", must)
+
+    def not_saved(self, message, must):
+        if must:
+            raise SystemExit(f"{message}; the files saved before are whole")
+        print_line(f"warning: {message}; the run goes on and tries again")
+
+    def save_debug(self, step, batch):
+        try:
+            write_atomic(dict(self.state(step), batch=batch.cpu()),
+                         os.path.join(self.cfg.out, f"debug-rank{self.rank}.pt"))
+        except OSError as error:
+            print_line(f"warning: the state for debugging could not be saved: {error}")
+
+
+class Log:
+    """log.jsonl, with the config and the git commit as first row (again after each resume), and a line to read.
+
+    start: the step gone on from; total, per_epoch: steps of the run and of an epoch; facts: for the first row.
+    """
+
+    def __init__(self, cfg, rank, device, start, total, per_epoch, **facts):
+        self.path, self.rank, self.device = os.path.join(cfg.out, "log.jsonl"), rank, device
+        self.start, self.last, self.total, self.per_epoch, self.batch = start, start, total, per_epoch, cfg.batch_size
+        self.waited, self.since, self.hinted = 0.0, None, False
+        if rank == 0:
+            self.note(config=asdict(cfg), commit=git_commit(), torch=str(torch.__version__), start=start, steps=total,
+                      **facts)
+
+    def note(self, **row):
+        """Append one row, on a line of its own even after a row cut short; any rank may. A full disk costs the row."""
+        row = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            with open(self.path, "a+b") as f:
+                f.seek(max(0, f.tell() - 1))
+                start = b"" if f.read(1) in (b"\n", b"") else b"\n"
+                f.write(start + json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            print_line(f"warning: a row of {self.path} is lost: {error}")
+
+    def timed(self, batches):
+        """Yield the same batches and count the time spent waiting for them, except for the first: workers start."""
+        batches, began = iter(batches), time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            if self.since is None:
+                self.began = self.since = time.perf_counter()
+                self.waited = 0.0
+            yield batch
+            began = time.perf_counter()
+
+    def overdue(self):
+        """Whether rank 0 wants a row by time: after the first step, and 30 seconds after the last row."""
+        return self.rank == 0 and (self.last == self.start or time.perf_counter() - self.since > 30)
+
+    def __call__(self, step, **values):
+        """Log the steps since the last row; only here are tensors read. The screen gets what fits 120 characters."""
+        values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        now, done = time.perf_counter(), step - self.last
+        each, wait = (now - self.since) / done, self.waited / done
+        self.since, self.waited, self.last = now, 0.0, step
+        if self.rank:
+            return
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+        if self.device.type == "cuda":                          # else of the process: bytes on macOS, KiB on Linux
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30
+        self.note(step=step, epoch=round(step / self.per_epoch, 4), **values, img_s=round(self.batch / each, 1),
+                  data_s=round(wait, 5), step_s=round(each, 5), mem_gb=round(memory, 3))
+        left = timedelta(seconds=round((now - self.began) / (step - self.start) * (self.total - step)))
+        text = f"step {step}/{self.total}  epoch {step / self.per_epoch:.2f}"
+        end = f"  {self.batch / each:.0f} img/s  data {wait / each:.0%}  {memory:.1f} GB  eta {left}"
+        for part in [f"  {name} {value:.4g}" for name, value in values.items() if value or name != "skipped"]:
+            if len(text + part + end) <= 120:
+                text += part
+        print_line(text + end)
+        if wait > 0.2 * each:
+            self.hint_once(wait / each)
+
+
+    def hint_once(self, share):
+        if not self.hinted:
+            print_line(f"hint: {share:.0%} of a step waits for images; more --workers, or a set packed once by "
+                       "`python -m tools.pack`, would help")
+        self.hinted = True
+
+
+def git_commit():
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError):                                     # no git on this machine
+        return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__)).stdout.strip()

@@ -1,0 +1,205 @@
+"""
+The textbook at work, for tools/bench.py: its optimizer steps, its input, its evaluation, as official code has them; and
+made-up data. What the textbook computes stands in textbook.py. case: see tools/bench.py; ours: our network, whose
+numbers the textbook's gets.
+"""
+import io
+import tarfile
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from textbook import TextbookCKA, TextbookDistilled, TextbookEsViT, TextbookImages, TextbookMAE, TextbookMoCo
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mae import MAE, RECIPES
+from runtime.run import DTYPES, decay_groups
+from vit import MODELS, SWINS
+
+
+def mae(case, ours, inputs, device):
+    """-> the network, a function of the inputs that gives the loss, and the inputs as this one wants them."""
+    decoder = {name: RECIPES[case.model][name] for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    model = TextbookMAE(**MODELS[case.model], **decoder).to(device)
+    model.load_state_dict((ours if isinstance(ours, MAE) else ours.model).state_dict())
+    return model, lambda img, noise: model(img, noise)[0], inputs
+
+
+def distill(case, ours, inputs, device):
+    model = mae(case, ours, inputs, device)[0]
+    base = TextbookMAE(**MODELS["vit_base"]).to(device)
+    base.load_state_dict(torch.load(case.teacher)["model"], strict=False)
+    both = TextbookDistilled(model, base, MODELS[case.model]["heads"], MODELS["vit_base"]["heads"]).to(device)
+    both.adapter.load_state_dict(ours.distill_loss.adapters[0].state_dict())
+    return both, both, inputs
+
+
+def moco(case, ours, inputs, device):
+    model = TextbookMoCo(**MODELS[case.model]).to(device)
+    model.load_state_dict(ours.state_dict())
+    views, = inputs                                             # ours has the two of an image side by side
+    return model, lambda one, two: model(one, two, 0.99), (views[::2].contiguous(), views[1::2].contiguous())
+
+
+def esvit_network(case, ours, device, swin, **head):
+    model = TextbookEsViT(case.prototypes, **head, **SWINS[swin]).to(device)
+    model.center, model.center_grid = model.center.to(device), model.center_grid.to(device)
+    for net, plain in ((ours.student, model.student), (ours.teacher, model.teacher)):
+        state = {}
+        for name, tensor in net.state_dict().items():           # as torch's weight_norm names them
+            name = name.replace("weight_g", "parametrizations.weight.original0")
+            state[name.replace("weight_v", "parametrizations.weight.original1")] = tensor
+        plain.load_state_dict(state)
+    return model
+
+
+def esvit(case, ours, inputs, device):
+    model, (images,) = esvit_network(case, ours, device, "swin_tiny"), inputs
+    crops = [len(x) for x in images]
+    return model, lambda *images: model(images, crops, 0.04), [x.flatten(0, 1) for x in images]
+
+
+NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit)
+
+
+class TextbookStep:
+    """One optimizer step as official code makes it: a function of images, or else on the fixed inputs."""
+
+    def __init__(self, case, ours, inputs, device):
+        self.case, self.device = case, device
+        self.model, self.loss_of, self.inputs = NETWORKS[case.row](case, ours, inputs, device)
+        if case.compiled:
+            self.model.compile(dynamic=False)
+        self.optimizer = torch.optim.AdamW(decay_groups(self.model, 0.05), 1e-4, betas=(0.9, 0.95))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=case.dtype == "fp16")
+
+    def __call__(self, img=None):
+        inputs = self.inputs if img is None else (img, *self.inputs[1:])
+        with torch.autocast(self.device.type, DTYPES[self.case.dtype], enabled=self.case.dtype != "fp32"):
+            loss = self.loss_of(*inputs)
+        self.scaler.scale(loss).backward()
+        loss.item()                                             # to look for NaN
+        if self.case.row == "esvit":
+            self.scaler.unscale_(self.optimizer)
+            for p in self.model.student.parameters():
+                nn.utils.clip_grad_norm_(p, 3.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.case.row == "esvit":
+            with torch.no_grad():
+                for slow, fast in zip(self.model.teacher.parameters(), self.model.student.parameters()):
+                    slow.mul_(0.996).add_(0.004 * fast)
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def esvit_losses(case, ours, student, teacher, device):
+    """EsViT's losses alone -> the network, and a function of nothing. student, teacher: Outputs (see esvit.py); the
+    textbook wants one crop after the other."""
+    model = esvit_network(case, ours, device, "swin_mini", hidden=8)
+    crops, tokens = zip(*student.layout)
+
+    def by_crop(x, layout):
+        parts = x.split([n * t for n, t in layout], 1)
+        return torch.cat([part.unflatten(1, (n, t)).transpose(0, 1).flatten(0, 2)
+                          for part, (n, t) in zip(parts, layout)])
+
+    def logits(net, seen):
+        return (net.head.last_layer(seen.z.transpose(0, 1).flatten(0, 1)),
+                net.head_dense.last_layer(by_crop(seen.z_regions, seen.layout)), by_crop(seen.regions, seen.layout))
+
+    def loss_of():
+        with torch.no_grad():
+            theirs = logits(model.teacher, teacher)
+        return model.loss((*logits(model.student, student), tokens), theirs, crops, tokens[0], 0.04)
+    return model, loss_of
+
+
+def cka_step(nets, img, features=None):
+    """CKA of two networks' layers on one batch, as a function; of given features without the networks."""
+    plain = TextbookCKA(*nets)
+    return lambda: plain.compare(*features or plain.look(img)).double()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def batches(kind, source, batch, order, workers, device):
+    """Normalised float batches on the device. kind: textbook, for pre-training, or timm, for fine-tuning."""
+    images = TextbookImages(source)
+    if kind == "timm":
+        from timm.data import auto_augment, create_transform
+        # Of levels that reach 10 timm wants 0 bits, for which Pillow 13 raises: it gets one.
+        auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda img, n, **_: auto_augment.posterize(img, max(n, 1))
+        images.transform = create_transform(224, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25,
+                                            re_mode="pixel", re_count=1, interpolation="bicubic", hflip=0.5,
+                                            color_jitter=None)
+    for img, _ in DataLoader(images, batch, sampler=order, drop_last=True, num_workers=workers,
+                             pin_memory=device.type == "cuda"):
+        yield img.to(device, non_blocking=True)
+
+
+def knn(train, train_labels, test, test_labels, k, classes):
+    """As DINO's evaluation: the test set in a hundred parts, a search for this k, votes by one-hot rows, a sort."""
+    right = 0
+    for part, labels in zip(test.chunk(100), test_labels.chunk(100)):
+        similarity, places = (part @ train.T).topk(k)
+        rows = part.new_zeros(len(part) * k, classes).scatter_(1, train_labels[places].view(-1, 1), 1.0)
+        votes = (rows.view(len(part), k, classes) * similarity.div(0.07).exp().unsqueeze(2)).sum(1)
+        right += (votes.sort(1, descending=True).indices[:, 0] == labels).sum().item()
+    return 100 * right / len(test)
+
+
+def train_head(x, labels, classes, epochs, batch=128):
+    """One linear head for features (n, D), as it is usually trained."""
+    layer = nn.Linear(x.shape[1], classes, device=x.device)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for part in torch.randperm(len(x), device=x.device).split(batch)[:len(x) // batch]:
+            optimizer.zero_grad()
+            F.cross_entropy(layer(x[part]), labels[part]).backward()
+            optimizer.step()
+        schedule.step()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Made-up data
+
+
+def esvit_outputs(layout, batch, device, width=768, bottleneck=256):
+    """Features of views (B, V, D), their unit vectors before the prototypes (B, V, E), and both of regions."""
+    made = []
+    for n in (sum(n for n, _ in layout), sum(n * t for n, t in layout)):
+        made += [torch.randn(batch, n, width, device=device),
+                 F.normalize(torch.randn(batch, n, bottleneck, device=device), dim=-1)]
+    return made
+
+
+def blobs(count, dim, classes, device):
+    """Normalised features (count, dim) in classes that overlap, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (count,), generator=generator)
+    x = 0.1 * torch.randn(classes, dim, generator=generator)[labels] + torch.randn(count, dim, generator=generator)
+    return F.normalize(x, dim=1).to(device), labels.to(device)
+
+
+def write_tar(path, entries):
+    """A tar of one-pixel images in classes of 1,281."""
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "JPEG")
+    body = buffer.getvalue() + bytes(-len(buffer.getvalue()) % 512)
+    with open(path, "wb") as f:
+        for k in range(entries):
+            info = tarfile.TarInfo(f"train/n{k // 1281:08}/{k}.JPEG")
+            info.size = len(buffer.getvalue())
+            f.write(info.tobuf(tarfile.USTAR_FORMAT) + body)
+        f.write(bytes(1024))
+
+
+def made_crops(count, size):
+    """Smooth uint8 images (count, 3, size, size), as the workers send them, and the same as Pillow images."""
+    coarse = F.interpolate(torch.rand(count, 3, 28, 28) * 255, (size, size), mode="bicubic")
+    crops = coarse.clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
+    return crops, [Image.fromarray(crop.numpy()) for crop in crops.permute(0, 2, 3, 1)]

@@ -1,0 +1,245 @@
+"""
+Pack a set of images at training resolution into one plain tar, which is faster to read; or look at what is in a set.
+
+python -m tools.pack SOURCE DEST.tar --short-side 256 --quality 90   then train on it with --data DEST.tar
+python -m tools.pack inspect SOURCE                                  counts, sizes, classes, images that cannot be read
+SOURCE is what --data may be (see images/datasets.py)
+"""
+import argparse
+import fcntl
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+from collections import Counter
+from datetime import timedelta
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset
+
+from data import cores, decode, load, open_image, to_channels
+from images.datasets import describe, open_dataset
+
+NOTE_EVERY = 5                                                  # seconds between notes of how far a pack is good
+
+
+class Worked(Dataset):
+    """What work(source, i, *options) returns for every image of a source."""
+    def __init__(self, work, source, *options):
+        self.work, self.source, self.options = work, source, options
+    def __len__(self):
+        return len(self.source)
+    def __getitem__(self, i):
+        return self.work(self.source, i, *self.options)
+
+
+def with_progress(entries, workers, start=0):
+    """Yield the items of a dataset from `start` on, in order, made by all cores; print a line now and then."""
+    batches = [range(i, min(i + 16, len(entries))) for i in range(start, len(entries), 16)]
+    began, printed, done = time.time(), time.time(), start
+    for results in load(entries, batches, cores() if workers is None else workers):
+        yield from results
+        done += len(results)
+        if time.time() - printed > 10:
+            printed, rate = time.time(), (done - start) / (time.time() - began)
+            eta = timedelta(seconds=round((len(entries) - done) / rate))
+            print(f"{done:,} of {len(entries):,} images, {rate:.0f} per second, eta {eta}", flush=True)
+
+
+def splits_of(a):
+    """The sources of a set by name: train, and val if there is one."""
+    sources = {split: open_dataset(a.source, split, a.download) for split in ("train", "val")}
+    return {split: source for split, source in sources.items() if source is not None}
+
+
+def look_at(source, i):
+    """Decode one image -> its kind, width, height and bytes; or one string that says why it cannot be read."""
+    try:
+        data = source.read(i)
+        img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        decode(data)
+        return f"{img.format or 'pixels'} {img.mode}", *img.size, len(data) if isinstance(data, bytes) else 0
+    except Exception as error:                                  # damaged files raise almost anything
+        first_line = (str(error).splitlines() or [type(error).__name__])[0].split(" <_io")[0]
+        return f"{source.name(i)}: {first_line}"
+
+
+def inspect(a):
+    """Say what is in a set; every image is decoded. The exit code is 1 if some cannot be."""
+    bad = []
+    for split, source in splits_of(a).items():
+        print(f"{split}: {describe(source)}")
+        rows = list(with_progress(Worked(look_at, source), a.workers))
+        bad += [row for row in rows if isinstance(row, str)]
+        good = [row for row in rows if not isinstance(row, str)]
+        if good:
+            sides = np.sort([sorted(row[1:3]) for row in good], axis=0)                         # (images, 2)
+            least, median, most = sides[0], sides[len(good) // 2], sides[-1]
+            print(f"  short side {least[0]} to {most[0]} pixels, median {median[0]}; long side {least[1]} to {most[1]} "
+                  f"pixels, median {median[1]}; {sum(row[3] for row in good) / 2 ** 20:,.1f} MB")
+            kinds = Counter(row[0] for row in good)
+            print("  " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()))
+        if source.classes:
+            counts = np.bincount(source.labels, minlength=len(source.classes))
+            few, many = counts.argmin(), counts.argmax()
+            print(f"  classes of {counts[few]:,} ({source.classes[few]}) to {counts[many]:,} ({source.classes[many]})")
+    print(f"{len(bad)} images cannot be read", *bad[:20], sep="\n")
+    if len(bad) > 20:
+        print("...")
+    return 1 if bad else 0
+
+
+def packed_name(source, i, folder):
+    name = folder + source.relative(i)
+    return name if name.lower().endswith((".jpg", ".jpeg")) else name + ".jpg"
+
+
+def smaller(source, i, folder, short_side, quality):
+    """-> name in the packed tar, bytes of a JPEG (None: unreadable). A JPEG that is small enough goes over as it is."""
+    name = packed_name(source, i, folder)
+    try:
+        data = source.read(i)
+        img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        fits = min(img.size) <= short_side
+        if fits and img.format == "JPEG" and img.mode in ("L", "RGB") and img.getexif().get(0x0112, 1) == 1:
+            decode(data)
+            return name, data
+        img = to_channels(open_image(img), 1 if img.mode in ("1", "L") else 3)
+        if not fits:
+            share = short_side / min(img.size)
+            img = img.resize([max(short_side, round(side * share)) for side in img.size], Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        img.save(buffer, "JPEG", quality=quality)
+        return name, buffer.getvalue()
+    except Exception:                                           # damaged files raise almost anything
+        return source.name(i), None
+
+
+def pack(a):
+    """Write a set at training resolution as a tar. It grows as DEST.part, with a note beside it of how far it is good,
+    and gets its name when it is whole. After a stop the same command goes on to the same tar, byte for byte."""
+    if not a.dest.endswith(".tar"):
+        raise SystemExit(f"{a.dest}: the name of a packed set ends in .tar")
+    if os.path.exists(a.dest):
+        raise SystemExit(f"{a.dest} exists: move it away, or choose another name")
+    if a.short_side < 1 or not 1 <= a.quality <= 100:
+        raise SystemExit(f"--short-side is at least 1 and --quality 1 to 100, not {a.short_side} and {a.quality}")
+    sources = splits_of(a)
+    parted = len(sources) > 1 or sources["train"].classes is not None
+    parts = [(source, f"{split}/" if parted else "") for split, source in sources.items()]
+    entries = ConcatDataset([Worked(smaller, source, folder, a.short_side, a.quality) for source, folder in parts])
+    names = [packed_name(source, i, folder) for source, folder in parts for i in range(len(source))]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise SystemExit(f"two images would both be {name} in {a.dest}: rename one of them and pack again")
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    settings = dict(format=1, names=digest, images=len(names), short_side=a.short_side, quality=a.quality)
+    for split, source in sources.items():
+        print(f"{split}: {describe(source)}")
+    left_out = write_part(a.dest, entries, settings, a.workers)
+    print(f"packed {len(entries) - len(left_out):,} images into {a.dest}, {os.path.getsize(a.dest) / 2 ** 20:,.1f} MB")
+    if left_out:
+        print(f"{len(left_out)} cannot be read and were left out")
+    for split, source in sources.items():
+        if open_dataset(a.dest, split).classes != source.classes:
+            print(f"note: {split} has other classes than {a.source}, where they are unsorted, or one is unreadable")
+    print(f"train on it with --data {a.dest}")
+
+
+def write_part(dest, entries, settings, workers):
+    """Write DEST.part, or go on with it, then give it its name -> names of the images that were left out."""
+    part, note = dest + ".part", dest + ".part.json"
+    try:
+        with open(part, "a+b") as f:
+            try:                                                # lockf, not flock, which worker processes inherit
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise SystemExit(f"{part} is being written by another process: wait for it") from None
+            state = read_note(note, part, settings)
+            f.truncate(state["bytes"])
+            if state["done"]:
+                print(f"going on after {state['done']:,} of {len(entries):,} images")
+            write_tar(f, note, state, entries, workers)
+    except OSError as error:
+        raise SystemExit(f"{part} cannot be written ({error}): mend that, and the same command goes on") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped: the same command goes on from {part}") from None
+    os.replace(part, dest)
+    os.remove(note)
+    return state["left_out"]
+
+
+def read_note(note, part, settings):
+    """How far an earlier start of the same command came -> dict(settings, done, bytes, left_out)."""
+    fresh = dict(settings=settings, done=0, bytes=0, left_out=[])
+    try:
+        with open(note) as f:
+            state = json.load(f)
+        if state["settings"] == settings:
+            return state if set(state) == set(fresh) and state["bytes"] <= os.path.getsize(part) else fresh
+        differ = ", ".join(key for key in settings if state["settings"].get(key) != settings[key])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return fresh                                            # no note, or a damaged one
+    raise SystemExit(f"{part} was begun with other settings or images ({differ}): give them again, or delete {part}*")
+
+
+def write_note(f, note, state):
+    """Bring the tar to the disk, then the note of how far it is good."""
+    f.flush()
+    os.fsync(f.fileno())
+    with open(note + ".tmp", "w") as n:
+        json.dump(state, n)
+        n.flush()
+        os.fsync(n.fileno())
+    os.replace(note + ".tmp", note)
+
+
+def write_tar(f, note, state, entries, workers):
+    """Append the images that are not `done` to an open tar. state: of whole images only, at any moment, because a stop
+    may fall in the middle of writing one."""
+    f.seek(0, os.SEEK_END)
+    synced = time.time()
+    with tarfile.open(fileobj=f, mode="w:") as archive:
+        try:
+            for name, data in with_progress(entries, workers, state["done"]):
+                left_out = state["left_out"]
+                if data is None:
+                    left_out = [*left_out, name]
+                    print(f"warning: {name} cannot be read and is left out", flush=True)
+                else:
+                    info = tarfile.TarInfo(name)                # no dates, no owners: the same images, the same bytes
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+                    archive.members = []                        # it would keep a million of them
+                state.update(done=state["done"] + 1, bytes=archive.offset, left_out=left_out)
+                if time.time() - synced > NOTE_EVERY:
+                    write_note(f, note, state)
+                    synced = time.time()
+        finally:
+            write_note(f, note, state)
+    write_note(f, note, state)                                  # syncs the end mark, which closing the archive wrote
+
+
+def command_line(argv=None):
+    """Run what the command line asks for -> exit code. Without `inspect` as its first word it packs."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    looking = argv[:1] == ["inspect"]
+    parser = argparse.ArgumentParser(prog="python -m tools.pack", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="what --data may be")
+    if not looking:
+        parser.add_argument("dest", help="the tar to write")
+        parser.add_argument("--short-side", type=int, default=256, help="pixels [256]; smaller images stay as they are")
+        parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100 [90]")
+    parser.add_argument("--workers", type=int, choices=range(257), metavar="N", help="processes [one per core]")
+    parser.add_argument("--download", action="store_true", help="fetch a set that torchvision knows by name")
+    a = parser.parse_args(argv[1:] if argv[:1] in (["inspect"], ["pack"]) else argv)
+    return inspect(a) if looking else pack(a)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

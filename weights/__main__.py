@@ -1,0 +1,27 @@
+"""
+Say what a checkpoint is: where its weights are, what network they make, what else it holds.
+
+python -m weights FILE        FILE:KEY for one network of several
+"""
+import sys
+
+from weights.reading import encoder_options, is_swin, read, summary
+
+
+def main(argv):
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise SystemExit("give one file: python -m weights FILE (python -m weights.export FILE --to ... exports it)")
+    weights = read(argv[0])
+    options = encoder_options(weights, heads=1)
+    if not is_swin(weights):                                    # whose heads are seen in its tensors
+        options["heads"] = weights.config.get("heads") or "not stored"
+    print(f"{weights.path}: {weights.layout}")
+    print(f"  {'method':<12} {weights.config['method'] or 'not stored'}")
+    print(f"  {'network':<12} {'Swin' if is_swin(weights) else 'ViT'}")
+    for name, value in options.items():
+        print(f"  {name:<12} {value}")
+    print(f"  {'tensors':<12} {summary(weights.state)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
