@@ -130,7 +130,8 @@ def start_from(model, path):
     kept = {name: tensor for name, tensor in file.state.items() if not name.startswith(heads)}
     if not model.config.get("key_bias", True):                  # as published, though the file has learned it
         kept = {name: tensor for name, tensor in kept.items() if not name.endswith("attn.qkv.bias")}
-    print_rank0(f"{path}: left out as the recipe wants: {summary(k for k in file.state if k not in kept)}")
+    if len(kept) < len(file.state):
+        print_rank0(f"{path}: left out as the recipe wants: {summary(k for k in file.state if k not in kept)}")
     load_into(model, file._replace(state=kept), print_rank0)
 
 

@@ -372,7 +372,7 @@ def views_rows(cfg, count=256, size=224):
     calls = dict(ours=lambda: two_views(crops.to(cfg.device), IMAGENET_MEAN, IMAGENET_STD),
                  textbook=lambda: plain(pairs))
     spent, _ = in_turns(calls, cfg.pairs, cfg.device, warm=1)
-    yield make_row(spent, count, images=count, size=size)
+    yield make_row(spent, count, crops=2 * count, size=size)
 
 
 def index_rows(cfg, entries=1_281_000):
@@ -443,7 +443,7 @@ def both_rows(cfg):
             batches = partial(batches_of, kind, images, batch, count + 3, workers, cfg.device)
             seconds, waited = drain(batches, cfg.device, 3, count, step)
             spent[kind], waiting[f"waiting_{kind}"] = [seconds], round(waited / seconds, 3)
-        yield make_row(spent, batch * count, images=name, batch=batch, workers=workers, **waiting)
+        yield make_row(spent, batch * count, source=name, batch=batch, workers=workers, **waiting)
 
 
 def knn_rows(cfg, count=50_000, tests=5_000, dim=384, classes=10):
