@@ -159,7 +159,7 @@ def parse(Config, name, doc, recipes, demo, argv=None):
     """Read the command line of a pre-training script: what the user gave, else the demo's values (with --demo), else
     the recipe of --model, else the default -> the config. name: of the script, for the default of --out."""
     default = next(f.default for f in fields(Config) if f.name == "model")
-    cfg, given = read_command_line(Config, doc, argv, recipes[default])
+    cfg, given = read_command_line(Config, doc, argv, recipes.get(default, {}))
     values = demo if cfg.demo else {}
     model = fill(cfg, given, values).model
     if model not in recipes:
