@@ -9,7 +9,7 @@ Transfer:   python finetune.py --init out/mae/encoder.pt --data cifar100 --recip
 To try it:  python finetune.py --demo
 Accuracy:   python finetune.py --eval out/finetune/best.pt --data imagenet
 Preempted:  type the same command again
-Expected:   not run yet at full size; small sets are in the README
+Expected:   not run yet at full size; small sets are in docs/findings.md
 """
 import math
 import time
