@@ -184,7 +184,7 @@ class CenterCrops(RandomCrops):
 def batch_keys(images, images_per_step, accum, world, rank, seed, start, steps):
     """Yield this rank's keys, [(epoch, index)], for each of the `accum` passes of optimizer steps start..steps-1.
     images: how many the source has; images_per_step: how many a step decodes, over all ranks and passes. An epoch is a
-    permutation of (seed, epoch), in whole steps. A restart begins at its step, not at the beginning of the epoch."""
+    permutation of (seed, epoch), in whole steps, so a restart begins at its step."""
     steps_per_epoch = images // images_per_step
     part = images_per_step // (accum * world)                   # images of one pass on one rank
     for step in range(start, steps):

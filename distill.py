@@ -19,7 +19,7 @@ from torch import nn
 import weights
 from images.augment import normalize, random_flip
 from runtime.folder import FileOfRun
-from runtime.options import TrainingOptions, fail, flag, opt, parse, value_errors_exit, vit_config
+from runtime.options import ProbeOptions, TrainingOptions, fail, flag, opt, parse, value_errors_exit, vit_config
 from runtime.run import DTYPES, Run, decay_groups, launch, print_rank0, warmup_cosine
 from vit import MODELS, Block, ViT
 
@@ -97,7 +97,8 @@ class Teacher(FileOfRun):
                 fail(f"{path} was made with {flag(name)} {theirs[name]}, the student has {ours[name]}: both see the "
                      "same patches, so these must agree")
         self.pairs = layer_pairs(layers, kind, student_depth, self.options["depth"])
-        self.attention, self.hidden = ([theirs for _, theirs in self.pairs[k]] for k in ("attention", "hidden"))
+        self.attention = [theirs for _, theirs in self.pairs["attention"]]
+        self.hidden = [theirs for _, theirs in self.pairs["hidden"]]
         with value_errors_exit():
             vit = weights.build({**self.options, "positions": "learned", "img_size": student["img_size"]})
         if self.options["depth"] not in self.hidden:
@@ -126,7 +127,8 @@ class DistillLoss(nn.Module):
 
     def __init__(self, student, teacher, pairs, adapter=True):
         super().__init__()
-        self.attention, self.hidden = ([ours for ours, _ in pairs[k]] for k in ("attention", "hidden"))
+        self.attention = [ours for ours, _ in pairs["attention"]]
+        self.hidden = [ours for ours, _ in pairs["hidden"]]
         heads, dims = (student["heads"], teacher["heads"]), (student["dim"], teacher["dim"])
         # A 1x1 convolution over the heads, a linear layer over the width; without bias, with torch's own start.
         adapters = [nn.Conv2d(*heads, 1, bias=False) if adapter or heads[0] != heads[1] else nn.Identity()
@@ -201,18 +203,16 @@ class DistilledMAE(DistillStudent):
 
 
 @dataclass
-class Config(TrainingOptions):
+class Config(TrainingOptions, ProbeOptions):
     teacher: str | None = opt(None, "file of the teacher, a ViT in any layout")
     teacher_heads: int | None = opt(None, "attention heads of the teacher, where its file does not say", least=1)
-    distill: str = opt("attention", "what is learnt; attention goes with one reduced block more, as in D2-MAE",
+    distill: str = opt("attention", "what is learnt; attention is compared in one additional block, as in D2-MAE",
                        choices=("attention", "hidden"))
     distill_layers: tuple[str, ...] | None = opt(None, "STUDENT:TEACHER layers, as 12:24 (default: the last of both)")
     mask_ratio: float = opt(0.75, "share of patches that neither of the two sees; 0: both see all", least=0, most=1)
     repeat: int = opt(1, "crops of each decoded image in a batch, which then has batch / repeat images", least=1)
-    probe_every: int = opt(0, "epochs between k-NN and linear probes, for data with labels and val/; 0: none", least=0)
 
 
-# D2-MAE's pre-training recipe without the pixels.
 RECIPES = dict.fromkeys(MODELS, dict(batch_size=4096, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05,
                                      min_crop=0.08, interpolation="random"))
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_ratio=0.6, min_crop=0.6, batch_size=128,
@@ -233,10 +233,10 @@ def main(argv=None):
         vit.norm.requires_grad_(False).reset_parameters()       # no loss reads it, and that of --init read other blocks
     last = vit.depth + decoupled
     teacher = Teacher(cfg.teacher, cfg.teacher_heads, cfg.distill, cfg.distill_layers, vit.config, last, run)
-    model = DistillStudent(vit, teacher, decoupled).to(run.device)
+    model = DistillStudent(vit, teacher, decoupled).to(run.device)      # with the adapters, and the block above
     if max(model.distill_loss.attention + model.distill_loss.hidden) < last:
         fail(f"--distill-layers must name the student's last layer, {last}: nothing would train the blocks above")
-    patches = vit.grid[0] * vit.grid[1]
+    patches = vit.grid[0] * vit.grid[1]                         # N
     visible = int(patches * (1 - cfg.mask_ratio)) or fail(f"--mask-ratio {cfg.mask_ratio:g} leaves no patch to see")
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
     # Adapters and the block above are left behind: encoder.pt gets the ViT, and probes look at its mean patch token.

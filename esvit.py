@@ -24,41 +24,37 @@ from torch.autograd.function import once_differentiable
 
 from images.augment import Colours, draw_colours, random_flip, recolour
 from images.multicrop import MultiCrops, crop_groups
-from runtime.options import Options, fail, opt, parse, value_errors_exit, vit_config
+from runtime.options import NetworkOptions, ProbeOptions, fail, opt, parse, value_errors_exit, vit_config
 from runtime.run import Run, decay_groups, launch, print_rank0
 from vit import SWINS, Swin, ViT
 from weights import load_into, read
 
 
 @dataclass
-class Config(Options):
+class Config(NetworkOptions, ProbeOptions):
     model: str = opt("swin_tiny", "backbone: a Swin, or a ViT (DINO)")
     window: int | None = opt(None, "tokens on the side of a Swin's window: 7, 14 (default: the model's own)", least=2)
-    patch_size: int | None = opt(None, "pixels on a patch's side, if not the model's own", least=1)
-    in_chans: int = opt(3, "image channels: 1 grey, 3 colour, 4 colour and alpha", choices=(1, 3, 4))
     drop_path: float | None = opt(None, "stochastic depth of the student, at its last block", least=0)
-    decode: str = opt("workers", "where JPEGs become crops: always in the workers here", choices=("workers",))
+    decode: str = opt("workers", "where JPEGs are decoded: always in the workers here", choices=("workers",))
     local_crops: tuple[int, ...] = opt((8,), "local crops of an image, one number per --local-size; 0: none", least=0)
     local_size: tuple[str, ...] = opt(("96",), "pixels of local crops: side, or HEIGHTxWIDTH")
-    local_scale: tuple[float, ...] = opt((0.05, 0.4), "least and most of an image in a local crop", above=0, most=1)
-    global_scale: tuple[float, ...] | None = opt(None, "the same in a global one (default: 0.4 1)", above=0, most=1)
-    prototypes: int | None = opt(None, "what views and regions are sorted into", least=2)
+    local_scale: tuple[float, ...] = opt((0.05, 0.4), "least and largest area of a local crop", above=0, most=1)
+    global_scale: tuple[float, ...] | None = opt(None, "area of a global crop (default: 0.4 1)", above=0, most=1)
+    prototypes: int | None = opt(None, "number of prototypes of each head", least=2)
     head_hidden: int = opt(2048, "width inside the heads", least=1)
     bottleneck: int = opt(256, "width before the prototypes", least=1)
-    norm_last_layer: bool | None = opt(None, "prototypes keep length 1")
+    norm_last_layer: bool | None = opt(None, "keep the length of prototypes at 1")
     freeze_last_layer: int = opt(1, "epochs at the start in which prototypes stay as they are", least=0)
     region_weight: float | None = opt(None, "share of the region loss beside the views'; 0: DINO", least=0, most=1)
     region_from: int | None = opt(None, "epoch of the first region loss (default: 0; large models: later)", least=0)
-    teacher_temp: float | None = opt(None, "the teacher's logits are divided by it", above=0)
-    teacher_temp_start: float = opt(0.04, "the same in the first epoch", above=0)
-    teacher_temp_epochs: float | None = opt(None, "epochs between the two", least=0, shrinks=True)
-    momentum: float | None = opt(None, "what the teacher keeps of itself at first; at the end 1", least=0, most=1)
+    teacher_temp: float | None = opt(None, "temperature of the teacher's softmax", above=0)
+    teacher_temp_start: float = opt(0.04, "temperature of the teacher in the first epoch", above=0)
+    teacher_temp_epochs: float | None = opt(None, "epochs over which it rises", least=0, shrinks=True)
+    momentum: float | None = opt(None, "momentum of the teacher at the start; it rises to 1", least=0, most=1)
     min_lr: float = opt(1e-6, "learning rate at the end", least=0)
     weight_decay: float = opt(0.04, "AdamW's weight decay at the start; none on biases and 1-D parameters", least=0)
-    weight_decay_end: float = opt(0.4, "the same at the end", least=0)
+    weight_decay_end: float = opt(0.4, "weight decay at the end", least=0)
     clip_grad: float = opt(3.0, "largest gradient norm of each tensor by itself; 0: no clipping", least=0)
-    init: str | None = opt(None, "checkpoint in any layout whose weights a new run starts from")
-    probe_every: int = opt(0, "epochs between k-NN and linear probes, for data with labels and val/; 0: none", least=0)
 
 
 # EsViT's recipes for Swin, DINO's for ViT-Small and -Base. The light ones are ours, for one GPU.

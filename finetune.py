@@ -75,7 +75,7 @@ class Config(TrainingOptions):
     window: int | None = opt(None, "tokens on a side of a Swin's window (default: as --init, else its own)", least=2)
     pool: str | None = opt(None, "a ViT's cls token, or the mean of its patches", choices=("cls", "avg"), old="readout")
     relative: bool = opt(False, "learned relative positions in every block")
-    layer_scale: float = opt(0, "start of a learned factor per channel on every branch; 0: none", least=0)
+    layer_scale: float = opt(0, "initial value of layer scale; 0: no layer scale", least=0)
     key_bias: bool = opt(True, "keys have a bias; without it q and v start with none and the file's is left out")
     head_std: float | None = opt(None, "deviation of the head's first weights", least=0)
     optimizer: str | None = opt(None, "sgd has momentum 0.9 (Nesterov)", choices=("adamw", "sgd"))
@@ -92,11 +92,11 @@ class Config(TrainingOptions):
     ema: float = opt(0, "decay of an average of the weights, which is then evaluated and saved; 0: none", 0, 0.999999)
     distill_teacher: str | None = opt(None, "classifier to learn labels from too: FILE, or NAME:FILE of torchvision's")
     teacher_heads: int | None = opt(None, "heads of a teacher FILE that does not say", 1, needs="distill_teacher")
-    distill: str = opt("hard", "teacher's choice or distribution", choices=("hard", "soft"), needs="distill_teacher")
+    distill: str = opt("hard", "learn top class or distribution", choices=("hard", "soft"), needs="distill_teacher")
     distill_alpha: float = opt(0.5, "share of the teacher's loss, beside the labels'", 0, 1, needs="distill_teacher")
     distill_tau: float = opt(1.0, "soft: temperature of both distributions", above=0, needs="distill_teacher")
     eval_every: int = opt(10, "epochs between evaluations on val/, beside that at the end; 0: only at the end", least=0)
-    eval: str | None = opt(None, "evaluate this classifier on val/ and leave")
+    eval: str | None = opt(None, "only evaluate this classifier on val/")
 
 
 # ----------------------------------------------------------------------------------------------------------------

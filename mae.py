@@ -24,16 +24,16 @@ from data import CenterCrops
 from distill import DistilledMAE, Teacher
 from images.augment import denormalize, normalize, random_flip
 from images.pictures import save_sheet
-from runtime.options import TrainingOptions, fail, opt, parse, value_errors_exit, vit_config
+from runtime.options import ProbeOptions, TrainingOptions, fail, opt, parse, value_errors_exit, vit_config
 from runtime.run import Run, decay_groups, launch, print_rank0, warmup_cosine
 from vit import MODELS, Block, ViT, gather_tokens, patchify, sincos_positions
 from weights import load_into, read
 
 
 @dataclass
-class Config(TrainingOptions):
+class Config(TrainingOptions, ProbeOptions):
     mask_ratio: float = opt(0.75, "fraction of the patches hidden from the encoder", least=0, most=1)
-    norm_pix: bool = opt(True, "predict each patch's pixels less their mean, over their deviation; else plain pixels")
+    norm_pix: bool = opt(True, "predict standardised patches, each with mean 0 and deviation 1; else plain pixels")
     decoder_dim: int | None = opt(None, "width of the decoder", least=1)
     decoder_depth: int | None = opt(None, "blocks of the decoder", least=1)
     decoder_heads: int | None = opt(None, "attention heads of the decoder", least=1)
@@ -49,8 +49,7 @@ class Config(TrainingOptions):
                                 needs="distill_teacher")
     distill_tap: int | None = opt(None, "decoupled: blocks below the pixel decoder (default: two thirds, 8 of 12)",
                                   least=1, needs="distill_teacher")
-    probe_every: int = opt(0, "epochs between k-NN and linear probes, for data with labels and val/; 0: none", least=0)
-    picture_every: int = opt(20, "epochs between recon.png, which is also drawn at the end; 0: no picture", least=0)
+    picture_every: int = opt(20, "epochs between drawings of recon.png, the last at the end; 0: no picture", least=0)
 
 
 # MAE-Lite's recipe for Tiny and Small, the official one for the rest. vit_mini and vit_midi are ours, for 32 to 64
@@ -134,8 +133,7 @@ class MAE(ViT):
         The official decoder first puts tokens back in reading order. Attention does not care about order, only
         positions do. The same numbers, less work: hidden patches stay behind the visible ones, in the order of `order`,
         so that the last block asks for that slice alone."""
-        tokens = latent.shape[1]                                                                # 1 + V
-        x = self.decoder_embed(latent)                                                          # (B, 1 + V, E)
+        x, tokens = self.decoder_embed(latent), latent.shape[1]                                 # (B, 1 + V, E), 1 + V
         # Every hidden patch becomes the mask token, and only its position tells which patch it is.
         x = torch.cat([x, self.mask_token.expand(len(x), 1 + self.patches - tokens, -1)], 1)    # (B, 1 + N, E)
         cls_pos, pos = self.decoder_pos_embed[:, :1], self.decoder_pos_embed[:, 1:]
@@ -241,7 +239,7 @@ def with_distillation(cfg):
     if cfg.distill == "decoupled" and not cfg.distill_tap:
         return replace(cfg, distill_tap=round(MODELS[cfg.model]["depth"] * 2 / 3))
     if cfg.distill_tap and cfg.distill != "decoupled":
-        fail("--distill-tap means nothing without --distill decoupled: give that too")
+        fail("--distill-tap has no effect without --distill decoupled: give that as well")
     return cfg
 
 

@@ -21,23 +21,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from images.augment import Colours, draw_colours, random_flip, recolour
-from runtime.options import TrainingOptions, opt, parse, value_errors_exit, vit_config
+from runtime.options import ProbeOptions, TrainingOptions, opt, parse, value_errors_exit, vit_config
 from runtime.run import Run, launch, print_rank0, warmup_cosine
 from vit import ViT
 from weights import load_into, read
 
 
 @dataclass
-class Config(TrainingOptions):
+class Config(TrainingOptions, ProbeOptions):
     freeze_patch_embed: bool | None = opt(None, "leave the patch projection at its random start")
     head_dim: int = opt(256, "width of the vectors that are compared", least=1)
     head_hidden: int | None = opt(None, "width inside projector and predictor", least=1)
-    temperature: float = opt(0.2, "similarities are divided by it", above=0)
-    momentum: float = opt(0.99, "share that the slow copy keeps of itself, at first; it rises to 1", least=0, most=1)
+    temperature: float = opt(0.2, "temperature of the softmax over keys", above=0)
+    momentum: float = opt(0.99, "momentum of the moving average at the start; it rises to 1", least=0, most=1)
     batch_size: int | None = opt(None, "images per optimizer step, over all processes; two views of each", least=2)
     accum: int = opt(1, "parts in which the backbone sees a batch; the numbers stay the same", least=1)
     warmup_lr: float | None = opt(None, "learning rate that the warm-up starts from", least=0)
-    probe_every: int = opt(0, "epochs between k-NN and linear probes, for data with labels and val/; 0: none", least=0)
 
 
 # MAE-Lite's recipe for Tiny, the official one for Small and Base. vit_mini and vit_midi are ours, for 32 to 64 pixels.

@@ -140,7 +140,7 @@ class Encoder(FileOfRun):
         if channels not in (1, 3, 4):
             fail(f"{cfg.init} sees {channels} channels: images have 1, 3 or 4")
         if isinstance(vit, Swin) and pool != "avg":
-            fail(f"--pool {pool}: {cfg.init} is a Swin, which has no cls token: avg is all there is")
+            fail(f"--pool {pool}: {cfg.init} is a Swin, which has no cls token: give --pool avg")
         if blocks > vit.depth:
             fail(f"--blocks {blocks}: {cfg.init} has {vit.depth}")
         run.cfg = replace(cfg, img_size=size, in_chans=channels, mean=mean, std=std, pool=pool, blocks=blocks)
@@ -264,7 +264,8 @@ def train_head(run, encoder, train, val):
     if run.rank == 0:
         with open(run.log.path) as f:
             tests = re.findall(r'"step": \d+, "test_acc1": ([\d.]+)', f.read())
-        print_rank0(f"top-1 of the best epoch {max(map(float, tests), default=0):.3f}%, the last is above")
+        best = max(map(float, tests), default=0)
+        print_rank0(f"best epoch: top-1 {best:.3f}% (that of the last epoch is on the line above)")
     run.finish("; encoder.pt holds the head as well")
 
 
@@ -279,7 +280,7 @@ def export(run, encoder, source):
     n, swin = len(source), isinstance(vit, Swin)
     chosen = cfg.tokens or (("mean",) if swin else ("cls", "mean"))
     if swin and "cls" in chosen:
-        fail(f"--tokens cls: {cfg.init} is a Swin, which has none; mean and patches, its regions, are there")
+        fail(f"--tokens cls: {cfg.init} is a Swin, which has no cls token: give --tokens mean or patches")
     shapes = dict(cls=(n, vit.width), mean=(n, vit.width), patches=(n, vit.grid[0] * vit.grid[1], vit.width))
     shapes = {name: shapes[name] for name in chosen} | dict(labels=(n,))
     need, free = sum(4 * math.prod(shape) for shape in shapes.values()), shutil.disk_usage(cfg.out).free
@@ -330,7 +331,7 @@ def resolve(argv=None):
         cfg, given = replace(cfg, init=file), given | {"init"}
     cfg = check(cfg, given)
     if cfg.demo and cfg.protocol in LINEAR:
-        fail("--demo goes with knn, sweep and features: the papers' linear probes want many steps")
+        fail("--demo supports knn, sweep and features: the papers' linear probes need many steps")
     values = dict(PROTOCOLS[cfg.protocol], out=f"out/probe-{cfg.protocol}")
     if cfg.demo:
         values.update(DEMO)

@@ -11,7 +11,7 @@ def crop_groups(size, scale, local_counts, local_sizes, local_scale):
     as many local ones as local_counts says. Scales: least and largest share of the image. Raises ValueError in the
     words of --global-scale, --local-crops, --local-size and --local-scale."""
     if len(local_counts) != len(local_sizes):
-        raise ValueError(f"--local-crops {local_counts} and --local-size {local_sizes} need as many values each")
+        raise ValueError(f"--local-crops {local_counts} and --local-size {local_sizes} need the same number of values")
     for name, shares in (("global", scale), ("local", local_scale)):
         if len(shares) != 2 or shares[0] > shares[1]:
             raise ValueError(f"--{name}-scale must be a least and a largest share of the image, not {shares}")
@@ -19,7 +19,7 @@ def crop_groups(size, scale, local_counts, local_sizes, local_scale):
     for count, text in zip(local_counts, local_sizes):
         sides = text.split("x")
         if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-            raise ValueError(f"--local-size {text} is no number and no HEIGHTxWIDTH")
+            raise ValueError(f"--local-size {text} must be a number or HEIGHTxWIDTH")
         if count:
             groups.append((count, (int(sides[0]), int(sides[-1])), local_scale))                # one side: a square
     return groups

@@ -42,8 +42,7 @@ def not_printed(error, text, stream, end):
 
 
 def write_atomic(state, path, previous=None):
-    """Write beside, flush, rename: the old file or the new one is there, never half of one. Or OSError. previous: a
-    path under which the old file stays."""
+    """Write beside, flush, rename: never half a file. Raises OSError. previous: where the old file stays."""
     try:
         with open(f"{path}.tmp", "wb") as f:
             torch.save(state, f)
@@ -152,14 +151,17 @@ class RunFolder:
     def check(self, path, saved):
         """End in a sentence if a checkpoint is not one of this very run."""
         if not {"step", "optimizer", "images"} <= set(saved):
-            raise SystemExit(f"{path} has weights but no run to go on with: give last.pt, or --init for its weights")
+            raise SystemExit(f"{path} holds weights but not the state of a run: give last.pt, or start from its "
+                             "weights with --init")
         if saved.get("method") != self.method:
             raise SystemExit(f"{path} is a checkpoint of {saved.get('method', 'something else')}, not of "
                              f"{self.method}: give another --out")
         old, new = dict(images=saved["images"]), dict(asdict(self.cfg), images=self.images)
         for f in fields(self.cfg):                              # its option may have had another name, or not exist
             old[f.name] = saved["config"].get(f.name, saved["config"].get(f.metadata["old"], f.default))
-        differ = [f"{name} was {old[name]}, is {new[name]}" for name in dict.fromkeys(["data", "images", *new])
+        # The most telling come first; the warm-up, which mostly follows from the epochs, last.
+        names = sorted(new, key=lambda name: (name not in ("data", "images", "model"), name == "warmup_epochs"))
+        differ = [f"{name} was {old[name]}, is {new[name]}" for name in names
                   if name not in RESUME_MAY_CHANGE and old[name] != new[name]]
         if differ:
             more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
@@ -206,7 +208,7 @@ class RunFolder:
 
     def not_saved(self, message, must):
         if must:
-            raise SystemExit(f"{message}; the files saved before are whole")
+            raise SystemExit(f"{message}; the earlier files are intact")
         print_line(f"warning: {message}; the run goes on and tries again")
 
     def save_debug(self, step, batch):
@@ -219,9 +221,7 @@ class RunFolder:
 
 class Log:
     """log.jsonl, with the config and the git commit as first row (again after each resume), and a line to read.
-
-    start: the step gone on from; total, per_epoch: steps of the run and of an epoch; facts: for the first row.
-    """
+    start: the step gone on from; total, per_epoch: steps of the run and of an epoch; facts: for the first row."""
 
     def __init__(self, cfg, rank, device, start, total, per_epoch, **facts):
         self.path, self.rank, self.device = os.path.join(cfg.out, "log.jsonl"), rank, device

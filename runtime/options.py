@@ -56,11 +56,11 @@ class Options:
     dtype: str = opt("auto", "precision of products; auto: fp32 on a CPU, bf16 on a GPU that has it, else fp16",
                      choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool | None = opt(None, "torch.compile the network (default: on a GPU only)")
-    resume: str = opt("auto", "auto: go on from last.pt in --out; none: refuse to; or a file for an empty --out")
+    resume: str = opt("auto", "auto: continue from last.pt in --out; none: stop if there is one; FILE: start from it")
     seed: int = opt(0, "everything random follows from it", least=0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
     workers: int | None = opt(None, "processes that decode images, per training process (default: its cores)", least=0)
-    decode: str = opt("workers", "where JPEGs become crops: in the workers, or on the device, if cores are few",
+    decode: str = opt("workers", "where JPEGs are decoded and cropped: workers, or device if cores are few",
                       choices=("workers", "device"))
     download: bool = opt(False, "fetch --data if it is a torchvision set that is not there yet")
     log_every: int = opt(20, "steps between rows of the log; a row also comes at least every 30 seconds", least=1)
@@ -72,17 +72,28 @@ class Options:
 
 
 @dataclass
-class TrainingOptions(Options):
+class NetworkOptions(Options):
     """Further options of the scripts that train a whole network."""
     model: str = opt("vit_tiny", "the network")
     patch_size: int | None = opt(None, "pixels on a patch's side, if not the model's own", least=1)
     in_chans: int = opt(3, "image channels: 1 grey, 3 colour, 4 colour and alpha", choices=(1, 3, 4))
-    min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image", least=0, most=1)
-    interpolation: str | None = opt(None, "how crops are resized; random: bicubic or bilinear, drawn for each crop",
-                                    choices=("bicubic", "bilinear", "random"))
     weight_decay: float | None = opt(None, "AdamW's weight decay", least=0)
     clip_grad: float | None = opt(None, "largest gradient norm (default: no clipping)", least=0)
     init: str | None = opt(None, "checkpoint in any layout whose weights a new run starts from")
+
+
+@dataclass
+class TrainingOptions(NetworkOptions):
+    """Further options of those that train it on random crops of one size."""
+    min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image", least=0, most=1)
+    interpolation: str | None = opt(None, "how crops are resized; random: bicubic or bilinear, drawn for each crop",
+                                    choices=("bicubic", "bilinear", "random"))
+
+
+@dataclass
+class ProbeOptions:
+    """The option of those that train without labels."""
+    probe_every: int = opt(0, "epochs between k-NN and linear probes, for data with labels and val/; 0: none", least=0)
 
 
 def flag(name):
@@ -129,13 +140,13 @@ def check(cfg, given):
     """Check bounds and needs of all options; what is wrong ends in a sentence. Returns the config."""
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        for number in () if value is None else value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, tuple) else (value,):
             for name, holds, words in BOUNDS:
                 limit = f.metadata[name]
-                if limit is not None and not holds(number, limit):          # NaN holds nowhere
+                if None not in (number, limit) and not holds(number, limit):        # NaN holds nowhere
                     fail(f"{flag(f.name)} must be {words} {limit}, not {number}")
         if f.name in given and f.metadata["needs"] and not getattr(cfg, f.metadata["needs"]):
-            fail(f"{flag(f.name)} means nothing without {flag(f.metadata['needs'])}: give that too")
+            fail(f"{flag(f.name)} has no effect without {flag(f.metadata['needs'])}: give that as well")
     return replace(cfg, data=os.path.normpath(cfg.data)) if hasattr(cfg, "data") else cfg   # a/ is no other data than a
 
 

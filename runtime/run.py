@@ -11,7 +11,7 @@ import textwrap
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def setup(device="auto"):
         found = torch.accelerator.current_accelerator(check_available=True)
         device = found.type if found and found.type in ("cuda", "mps") else "cpu"
     if device not in ("cpu", "cuda", "mps") or device == "mps" and not torch.backends.mps.is_available():
-        fail(f"--device {device} is not here: auto, cpu, cuda and mps are known")
+        fail(f"--device {device} is not available here: give auto, cpu, cuda or mps")
     if device == "cuda":
         device = choose_gpu(local)
     elif "OMP_NUM_THREADS" not in os.environ:                   # a core is left to the workers, however many there are:
@@ -62,8 +62,7 @@ def choose_gpu(local):
 
 
 def launch(main):
-    """Run a script's main and leave at once. The interpreter's own shutdown waits for ever for a decoding process that
-    hangs, and threads of Gloo may abort a finished run in it."""
+    """Run a script's main and leave at once: the interpreter's shutdown may hang with a decoding process, or abort."""
     try:
         code = 1
         main()
@@ -164,18 +163,17 @@ class Run:
     skipped                1.0, on the device, if the last step was not finite and so changed nothing; else 0.0
 
     datasets   opens --data -> the images to train on, and those to evaluate on or None; plans the steps, locks the
-               folder; what cannot be run ends in a sentence. shrink_batch: a small set makes the batch smaller
+               folder. shrink_batch: a set smaller than a batch makes the batch smaller
     start      goes on from the folder's checkpoint, if it has one; compiles; wraps. encoder: what encoder.pt gets,
                dict(model=state dict, config=...); the tensors of a state dict are the network's own, and so are always
                up to date. features: images -> (B, D), what probes look at. ddp: options of DistributedDataParallel.
-               split: checkpoints hold the children of the model, by name. parts: what else they hold; None is left out
+               split: checkpoints hold the children of the model, by name. parts: what else they hold, or None
     steps      yields (step, passes) from the step to go on from; passes yield (crops, labels) on the device, --accum
-               times. crops: a dataset such as random_crops gives; images: of a step, over all processes (default: the
-               batch). After the loop's body a step is saved and probed if that is due, and the run ends if it has to
+               times. images: of a step, over all processes (default: the batch). After the loop's body a step is saved
+               and probed if that is due, and the run ends if it has to
     backward   adds a pass's gradients; the loss and its named parts are averaged over passes, for the log over ranks
-    update     makes one optimizer step, unless the gradient is not finite; then a row of the log if it is due: losses,
-               values, and metrics, a function of no arguments -> dict, which is called only then; what of it lies on
-               the device is averaged over ranks. per_tensor: see finite_step
+    update     makes one optimizer step, unless the gradient is not finite, and a row of the log if it is due: losses,
+               values, and metrics, a function of no arguments -> dict, called only then and averaged over ranks
     """
 
     def __init__(self, cfg, method):
@@ -223,8 +221,8 @@ class Run:
         """A model on the device -> the network to call, restored if the folder has a checkpoint."""
         cfg, self.model, self.optimizer, self.features = self.cfg, model, optimizer, features
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.dtype == "fp16")
-        config = dict(encoder["config"], mean=self.mean, std=self.std)
-        self.encoder = {"method": self.method, **encoder, "config": config}
+        stored = dict(encoder["config"], mean=self.mean, std=self.std)
+        self.encoder = {"method": self.method, **encoder, "config": stored}
         whole = dict(model.named_children()) if split else dict(model=model)
         parts = dict(parts, **whole, optimizer=optimizer, scaler=self.scaler)
         self.done = self.folder.restore({name: part for name, part in parts.items() if part is not None})
@@ -242,14 +240,16 @@ class Run:
     def banner(self):
         """Print what is about to happen: the data, the resolved options, sizes, steps."""
         cfg, parts = self.cfg, self.model.named_children()
-        shown = [f"{k} {v}" for k, v in vars(cfg).items() if v not in (None, False) and k not in RESUME_MAY_CHANGE]
+        needs = {f.name: f.metadata["needs"] for f in fields(cfg)}             # options that have an effect are shown
+        shown = [f"{k} {v}" for k, v in vars(cfg).items() if v not in (None, False) and k not in RESUME_MAY_CHANGE
+                 and (needs[k] is None or getattr(cfg, needs[k]))]
         sizes = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}" for name, part in parts
                  if next(part.parameters(), None) is not None]
         print_rank0(f"{describe(self.train)}\n{textwrap.fill(', '.join(shown), 120)}")
-        print_rank0(f"million parameters: {', '.join(sizes)}")
-        print_rank0(f"batch {cfg.batch_size} = {self.world} processes x {cfg.accum} passes x "
-                    f"{cfg.batch_size // self.world // cfg.accum} on {self.device}; {self.done} of {self.total} steps "
-                    f"done, {self.warmup} of them warm-up, peak lr {self.peak:.3g}")
+        print_rank0(f"million parameters: {', '.join(sizes)}\n"
+                    f"batch {cfg.batch_size} = {self.world} processes x {cfg.accum} passes x "
+                    f"{cfg.batch_size // self.world // cfg.accum} images on {self.device}; {self.done} of {self.total} "
+                    f"steps done, {self.warmup} of them warm-up, peak lr {self.peak:.3g}")
 
     def random_crops(self, repeat=None):
         cfg, repeat = self.cfg, repeat or self.repeat           # decoded in the workers, or on the device
@@ -366,11 +366,9 @@ class StopCheck:
     """Whether to go on: one decision for all ranks at every step boundary.
 
     Signals only set a flag. Flags and counts are summed over ranks, so that all stop together. On a GPU the sums are
-    read one step late, when they have long arrived: reading this step's would wait for the device.
-
-    Called after each step with finite_step's flag and the names of this rank's unreadable images, out of `images`, it
-    returns None to go on, or the reason to stop, "signal", "unreadable" (above --max-unreadable) or "non-finite"
-    (--max-skipped steps in a row); and whether a row of the log is due by time.
+    read one step late, when they have long arrived: reading this step's would wait for the device. Called after each
+    step with finite_step's flag and the names of this rank's unreadable images, out of `images`, it returns the reason
+    to stop, "signal", "unreadable", "non-finite" or None; and whether a row of the log is due by time.
     """
 
     def __init__(self, cfg, device, world, log):
@@ -386,7 +384,7 @@ class StopCheck:
             raise KeyboardInterrupt
         if not self.signal and self.log.rank == 0:
             with suppress(OSError):                             # print may be at work already, and cannot be entered
-                os.write(2, b"signal: stopping after this step, whose images are awaited, then saving ...\n")
+                os.write(2, b"signal: finishing this step, whose images may take a moment, then saving\n")
         self.signal = number
 
     def __call__(self, skipped, unreadable, images):

@@ -66,3 +66,11 @@ def close_grads(model, reference, tolerance):
         difference = (ours[name] - g).abs().max().item()
         allowed = tolerance * max(g.abs().max().item(), floor)
         assert difference <= allowed, f"{name} differs by {difference:.3g}, allowed is {allowed:.3g}"
+
+
+def close_losses(g, step, loss, norm, noise):
+    """A trajectory's loss and gradient norm at a step: fp32 and fp32 may differ by twenty times what the recorded run
+    differs from its own float64 twin. noise: relative, of the norm."""
+    reference = g("out/loss")[step].item()
+    assert abs(loss.item() - reference) <= max(20 * g("dev64/out/loss")[step].item(), 1e-5 * reference)
+    assert norm.item() == pytest.approx(g("out/grad_norm")[step].item(), rel=noise)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_runs import TINY, finish, kill_9, rows, same_state, start, steps, wait_for
+from test_runs import TINY, finish, rows, same_state, start_and_kill, steps
 
 import distill
 import mae
@@ -399,14 +399,14 @@ def test_mistaken_teachers(tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--distill", "decoupled"], "--distill means nothing without --distill-teacher"),
+    (["--distill", "decoupled"], "--distill has no effect without --distill-teacher"),
     (["--distill-teacher", "x", "--distill", "logits"], "--distill: invalid choice: 'logits'"),
-    (["--distill-tap", "3"], "--distill-tap means nothing without --distill-teacher"),
-    (["--distill-layers", "3:3"], "--distill-layers means nothing without --distill-teacher"),
-    (["--teacher-heads", "3"], "--teacher-heads means nothing without --distill-teacher"),
+    (["--distill-tap", "3"], "--distill-tap has no effect without --distill-teacher"),
+    (["--distill-layers", "3:3"], "--distill-layers has no effect without --distill-teacher"),
+    (["--teacher-heads", "3"], "--teacher-heads has no effect without --distill-teacher"),
     (["--distill-teacher", "x", "--teacher-heads", "0"], "--teacher-heads must be at least 1, not 0"),
     (["--distill-teacher", "x", "--distill-tap", "0"], "--distill-tap must be at least 1, not 0"),
-    (["--distill-weight", "2"], "--distill-weight means nothing without --distill-teacher")])
+    (["--distill-weight", "2"], "--distill-weight has no effect without --distill-teacher")])
 def test_mistaken_options(argv, words):
     with pytest.raises(SystemExit, match=words):
         parse(mae.Config, "mae", "", mae.RECIPES, mae.DEMO, argv)
@@ -448,9 +448,7 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, teacher_file, tmp_path,
     args = ["--data", classes, *TINY, name, teacher_file, "--teacher-heads", 3, *options, "--epochs", 8]    # 40 steps
     finish(*args, "--out", tmp_path / "whole", world=world, script=script)
     out = tmp_path / "broken"
-    process = start(*args, "--out", out, world=world, script=script)
-    wait_for(process, out, 12)
-    kill_9(process)
+    start_and_kill(*args, out=out, step=12, world=world, script=script)
     moved = tmp_path / "moved.pth"                              # the same file elsewhere is the same teacher
     moved.write_bytes(teacher_file.read_bytes())
     args[args.index(name) + 1] = moved

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from golden import FOLDER, Golden, close, close_grads, each_recording, needs_golden, read_json
 from test_parity import check_shapes, rows_of
-from test_runs import finish, kill_9, rows, start, steps, wait_for
+from test_runs import finish, rows, start, start_and_kill, steps, wait_for
 from textbook import TextbookEsViT
 
 import esvit
@@ -756,9 +756,7 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, tmp_path, world):
     args = ["--data", classes, *TINY, "--epochs", 8, "--region-from", 3]                        # 40 steps
     run = dict(world=world, script="esvit.py")
     finish(*args, "--out", tmp_path / "whole", **run)
-    process = start(*args, "--out", tmp_path / "broken", **run)
-    wait_for(process, tmp_path / "broken", 8)
-    kill_9(process)
+    start_and_kill(*args, out=tmp_path / "broken", step=8, **run)
     process = start(*args, "--out", tmp_path / "broken", "--workers", 1, **run)
     wait_for(process, tmp_path / "broken", max(steps(tmp_path / "broken")) + 8)
     process.terminate()
@@ -793,7 +791,8 @@ def test_other_settings(classes, tmp_path, brief, args):
     (["--model", "vit_giant"], "--model must be one of .*, not vit_giant"),
     (["--local-size", "7"], "patches of 4 do not tile a 7x7"),
     (["--local-size", "4"], "4x4 pixels are smaller than a window of 2 patches of 4"),
-    (["--local-size", "8x"], "--local-size 8x is no number"), (["--local-crops", "2", "2"], "need as many values"),
+    (["--local-size", "8x"], "--local-size 8x must be a number"),
+    (["--local-crops", "2", "2"], "need the same number of values"),
     (["--heads", "3"], "--heads is an option of a ViT"), (["--model", "vit_mini"], "--window is an option of a Swin"),
     (["--local-scale", "0.5", "0.1"], "--local-scale must be a least and a largest"),
     (["--global-scale", "0.5"], "--global-scale must be a least and a largest"),

@@ -203,12 +203,12 @@ def test_timm_takes_relative_positions_as_a_beit(tmp_path, options):
 def test_what_timm_has_no_place_for(tmp_path):
     model = special(TwoHeads)
     path, img = saved(tmp_path / "e.pt", model), torch.randn(2, 3, 16, 24)
-    with pytest.raises(SystemExit, match="has two heads, for which timm's networks have no place: --to safetensors"):
+    with pytest.raises(SystemExit, match="has two heads, which timm does not support: use --to safetensors"):
         export.export(path, "timm")
     assert torch.equal(load_classifier(read(export.export(path, "safetensors")))[0](img), model(img))
-    with pytest.raises(SystemExit, match="has an eps of 1e-05, for which"):
+    with pytest.raises(SystemExit, match="has an eps of 1e-05, which timm"):
         export.export(saved(tmp_path / "eps.pt", vit(eps=1e-5)), "timm")
-    with pytest.raises(SystemExit, match="has an eps of 1e-06, for which"):                     # EsViT's Swin
+    with pytest.raises(SystemExit, match="has an eps of 1e-06, which timm"):                     # EsViT's Swin
         export.export(saved(tmp_path / "swin.pt", swin(eps=1e-6)), "timm")
     with pytest.raises(SystemExit, match="has a map that is not square and no larger than"):
         export.export(saved(tmp_path / "flat.pt", swin(img_size=(16, 32))), "timm")

@@ -374,7 +374,7 @@ def test_what_cannot_be_run_is_said(classes, tmp_path):
     assert "the same in both; in one only: a, b" in refused("--data", alone, *TINY, "--out", out)
     assert "--recipe: invalid choice: 'x'" in refused("--recipe", "x")
     assert "--smoothing must be at most" in refused("--smoothing", 1)
-    assert "--distill-tau means nothing without --distill-teacher" in refused("--distill-tau", 2)
+    assert "--distill-tau has no effect without --distill-teacher" in refused("--distill-tau", 2)
     assert "needs --pool avg" in refused("--distill-teacher", "x", "--pool", "cls")
     assert "done by the workers" in refused("--rand-augment", 9, "--in-chans", 4)
     assert "done by the workers" in refused("--rand-augment", 9, "--decode", "device")

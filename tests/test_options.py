@@ -56,7 +56,7 @@ def test_bad_command_lines_are_one_sentence(argv, words):
     (["--temperature", "0"], "--temperature must be above 0, not 0"), (["--views", "2", "11"], "must be at most 10"),
     (["--ratio", "nan"], "--ratio must be at least 0, not nan"), (["--temperature", "nan"], "must be above 0"),
     (["--epochs", "nan"], "--epochs must be at least 0"), (["--anneal-epochs", "-1"], "--anneal-epochs must"),
-    (["--kind", "hidden"], "--kind means nothing without --teacher: give that too")])
+    (["--kind", "hidden"], "--kind has no effect without --teacher: give that as well")])
 def test_bounds_and_needs(argv, words):
     with pytest.raises(SystemExit, match=words) as stop:
         command_line(*argv)

@@ -204,7 +204,7 @@ def test_linear_probes(classes, encoder, tmp_path, protocol, more, capsys):
         assert lrs == pytest.approx([0.25 * (1 + math.cos(math.pi * (i // 5) / 4)) for i in range(20)])
     tests = [row for row in found if "test_acc1" in row]
     assert [row["step"] for row in tests] == [5, 10, 15, 20]
-    assert f"top-1 of the best epoch {max(row['test_acc1'] for row in tests):.3f}%" in capsys.readouterr().out
+    assert f"best epoch: top-1 {max(row['test_acc1'] for row in tests):.3f}%" in capsys.readouterr().out
     state, before = (torch.load(path)["model"] for path in (tmp_path / "encoder.pt", encoder))
     assert all(torch.equal(state[k], v) for k, v in before.items())
     assert ("probe.weight" in state) == (protocol == "dino")    # no head of a classifier reads two blocks
@@ -301,7 +301,7 @@ def test_a_swin_is_probed(classes, tmp_path, capsys):
     assert np.load(tmp_path / "files/patches.npy").shape == (8, 16, 16)
     assert np.array_equal(np.load(tmp_path / "files/mean.npy"), sets[2].numpy())
     for args, words in ((["knn", "--pool", "cls"], "is a Swin, which has no cls token"),
-                        (["features", "--tokens", "cls"], "is a Swin, which has none")):
+                        (["features", "--tokens", "cls"], "is a Swin, which has no cls token: give --tokens")):
         with pytest.raises(SystemExit, match=words):
             run(tmp_path / "no", *args, "--init", path, "--data", classes)
 
@@ -405,7 +405,7 @@ def test_a_file_of_mae_is_read_by_its_patches(classes, encoder, tmp_path, capsys
     (["--protocol", "mae"], "40 images, less than one batch: give --batch-size 40"),
     (["--protocol", "mae", "--batch-size", "8", "--epochs", "0"], "--epochs 0 must be more than --warmup-epochs 0"),
     (["--protocol", "mae", "--batch-size", "4", "--accum", "4"], "leaves one image to a pass: MAE's BatchNorm needs"),
-    (["--demo", "--protocol", "mae"], "--demo goes with knn, sweep and features"),
+    (["--demo", "--protocol", "mae"], "--demo supports knn, sweep and features"),
     (["--mean", "1", "2"], "need 3 numbers"), (["--decode", "gpu"], "--decode: invalid choice: 'gpu'"),
     (["--protocol", "features", "--tokens", "patches"], "take .* GB, and .* has 0.0 GB of room")])
 def test_bad_options(classes, encoder, tmp_path, args, words, monkeypatch):

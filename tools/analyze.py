@@ -10,7 +10,7 @@ Layers:    python -m tools.analyze layers A.pt --fractions 1 0.1 -- --epochs 50 
 A file:    python -m tools.analyze summary A.pt B.pt
 Files come first, of any layout, ViT or Swin, FILE:KEY where one holds several; COMMAND --help lists the options. Each
 writes OUT/COMMAND.json and, with matplotlib, .png. When `layers` is preempted, type the same command again.
-Expected:  not run yet at full size; small encoders are in docs/analysis.md
+Expected:  not run yet at full size; small encoders are in docs/findings.md
 """
 import itertools
 import json
@@ -183,10 +183,10 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda or mps")
     data: str = opt("imagenet", "folder or tar, torchvision set by name, or shapes; of val/ where there is one")
     images: int | None = opt(None, "images used, in the set's order (default: 1,152; of correspond all)", 1)
-    batch_size: int = opt(128, "images at a time; CKA is computed within them, and leaves an odd rest out", 1)
+    batch_size: int = opt(128, "images at a time; CKA leaves an incomplete last batch out", 1)
     workers: int | None = opt(None, "processes that decode images (default: one per core)", 0)
     download: bool = opt(False, "fetch --data if it is a torchvision set that is not there yet")
-    patch_pixels: float | None = opt(None, "a patch's side in distances (default: its pixels; in the paper 14)", 0)
+    patch_pixels: float | None = opt(None, "pixels of a patch's side, for distances (default: its own; paper: 14)", 0)
     pictures: tuple[str, ...] | None = opt(None, "image files, or folders of them; resized to --img-size (DINO: 480)")
     mass: float = opt(0.6, "share of a head's attention that its mask keeps", 0, 1)
     query: int | None = opt(None, "cell that asks, from 0 in reading order (default: cls; of a Swin the middle)", 0)

@@ -130,7 +130,7 @@ def export(path, to, out=None, heads=None):
     c, state, facts = model.config, model.state_dict(), facts_of(weights, model)
     unfit = unfit_for_timm(model)
     if to == "timm" and unfit:
-        refuse(weights.path, f"has {unfit}, for which timm's networks have no place: --to safetensors and onnx keep it")
+        refuse(weights.path, f"has {unfit}, which timm does not support: use --to safetensors or onnx")
     if to == "onnx" and sum(t.nbytes for t in state.values()) >= 2 ** 31:
         refuse(weights.path, "has more weights than the 2 GiB that one ONNX file can hold")
     try:
