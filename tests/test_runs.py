@@ -81,7 +81,7 @@ def start_and_kill(*args, out, step, **options):
         wait_for(process, out, step)
         kill_9(process)
         starts, step = starts + 1, max(steps(out)) + 3
-        last, previous = Path(out) / "last.pt", Path(out) / "previous.pt"       # between two renames there is no last.pt
+        last, previous = Path(out) / "last.pt", Path(out) / "previous.pt"   # between two renames there is no last.pt
         saved = torch.load(last if last.exists() else previous, weights_only=True)["step"]
     return starts
 
