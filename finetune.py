@@ -27,7 +27,7 @@ from images.mixing import erase, random_mix, soft_targets
 from images.randaugment import AugmentedCrops
 from nets.beit import BeitViT, TwoHeads
 from runtime import options
-from runtime.folder import FileOfRun, write_atomic
+from runtime.folder import FileOfRun
 from runtime.options import TrainingOptions, fail, opt, value_errors_exit
 from runtime.probes import encoded
 from runtime.run import DTYPES, Run, launch, print_rank0, setup, warmup_cosine
@@ -196,11 +196,11 @@ class LabelTeacher(FileOfRun):
 # Evaluation, and the run
 
 @torch.no_grad()
-def evaluate(model, source, size, mean, std, device, workers=0, batch=250, stop_check=None):
+def evaluate(model, source, size, mean, std, device, workers=0, batch=250):
     """Accuracy on the evaluation crops of a labelled source, exact over ranks: every image once -> dict of test_acc1,
-    test_acc5, test_class_acc (the mean of the classes'), in percent, and test_loss; None if a signal came meanwhile."""
+    test_acc5, test_class_acc (the mean of the classes'), in percent, and test_loss."""
     classes, was_training = len(source.classes), model.training
-    sums = torch.zeros(4, classes + 1, device=device)           # images, first right, five right, loss; [-1]: signals
+    sums = torch.zeros(4, classes, device=device)               # images, first right, five right, loss
     model.eval()
     for _, logits, labels in encoded(model, source, range(len(source)), size, len(mean), mean, std, device,
                                      batch=batch, workers=workers):
@@ -208,32 +208,25 @@ def evaluate(model, source, size, mean, std, device, workers=0, batch=250, stop_
         right = logits.topk(min(5, classes), 1).indices == labels.unsqueeze(1)                  # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="none")
         sums.index_add_(1, labels, torch.stack([torch.ones_like(loss), right[:, 0], right.any(1), loss]))
-        if stop_check and stop_check.signal:
-            sums[0, -1] = 1
-            break
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    if sums[0, -1]:
-        return None
-    images, first, five, loss = sums[:, :-1].double().cpu()
+    images, first, five, loss = sums.double().cpu()
     total, present = images.sum(), images > 0
     return dict(test_acc1=100 * (first.sum() / total).item(), test_acc5=100 * (five.sum() / total).item(),
                 test_class_acc=100 * (first / images)[present].mean().item(), test_loss=(loss.sum() / total).item())
 
 
 def evaluate_and_keep_best(run, model, best):
-    """Evaluate between two steps, log it, write best.pt -> the accuracy that counts for this set. On a signal the run
-    ends here: last.pt is of this very step, so going on begins with the evaluation."""
+    """Evaluate between two steps, log it, write best.pt -> the accuracy that counts for this set. A signal ends the run
+    here: last.pt is of this very step, so going on begins with the evaluation."""
     began, step = time.perf_counter(), run.done
-    found = evaluate(model, run.val, run.size, run.mean, run.std, run.device, run.cfg.workers, 250, run.stop_check)
-    if found is None:
-        run.leave("signal")
+    with run.interruptible():
+        found = evaluate(model, run.val, run.size, run.mean, run.std, run.device, run.cfg.workers)
     value = found["test_class_acc" if run.cfg.data in PER_CLASS else "test_acc1"]
     if run.rank == 0:
-        if value > best["value"]:
+        if value > best["value"] and run.folder.write("best.pt", run.encoder):
             best.update(value=value, step=step)
-            write_atomic(run.encoder, f"{run.cfg.out}/best.pt")
         run.log.note(step=step, epoch=round(step / run.per_epoch, 4), **{k: round(v, 4) for k, v in found.items()})
     print_rank0(f"epoch {step / run.per_epoch:g}: {RESULT.format(**found)}; best {best['value']:.3f}%")
     run.log.since = run.log.since and run.log.since + time.perf_counter() - began   # it is no part of a training step
@@ -332,7 +325,6 @@ def main(argv=None):
 
     for step, passes in run.steps(crops):
         if run.due(cfg.eval_every, step):
-            run.save()                                          # so that a signal during the evaluation loses nothing
             evaluate_and_keep_best(run, evaluated, best)
         run.set_lr(warmup_cosine(step, run.total, run.warmup, run.peak, cfg.min_lr))
         for img, labels in passes:

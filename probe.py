@@ -225,7 +225,8 @@ def evaluate(run, encoder, model, val, step):
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     model.eval()
-    scores, labels = extract(lambda img: model(encoder(img)), val, range(len(val)), **encoder.inputs)
+    with run.interruptible():
+        scores, labels = extract(lambda img: model(encoder(img)), val, range(len(val)), **encoder.inputs)
     model.train()
     report(run.log, f"epoch {step / run.per_epoch:g}", tally(scores, labels), step=step)
 
@@ -251,6 +252,8 @@ def train_head(run, encoder, train, val):
         run.log.note(sha256=encoder.sha256)
 
     for step, passes in run.steps(random_crops(run)):
+        if run.due(cfg.eval_every, step):
+            evaluate(run, encoder, model, val, step)
         at = step if mae else step - step % run.per_epoch       # MoCo v3's and DINO's rate moves once an epoch
         run.set_lr(warmup_cosine(at, run.total, run.warmup, run.peak))
         for img, labels in passes:
@@ -258,8 +261,6 @@ def train_head(run, encoder, train, val):
             loss = F.cross_entropy(net(encoder(img)), labels)                                   # ()
             run.backward(loss)
         run.update(chance=math.log(len(train.classes)))
-        if run.due(cfg.eval_every, step + 1) and step + 1 < run.total and not run.stop_reason:
-            evaluate(run, encoder, model, val, step + 1)
     evaluate(run, encoder, model, val, run.total)
     if run.rank == 0:
         with open(run.log.path) as f:

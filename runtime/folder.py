@@ -26,21 +26,6 @@ RESUME_MAY_CHANGE = {"out", "compile", "distill_teacher", "teacher", "resume", "
                      "max_unreadable", "max_skipped", "accum"}
 
 
-def print_line(text, stream=None, end="\n"):
-    """Print one line. A screen that is gone or full costs the line, not the run."""
-    try:
-        print(text, file=stream or sys.stdout, end=end, flush=True)
-    except (OSError, ValueError) as error:
-        not_printed(error, text, stream, end)
-
-
-def not_printed(error, text, stream, end):
-    if isinstance(error, UnicodeEncodeError):                   # a file name that the screen has no letters for
-        print_line(ascii(text), stream, end)
-    else:                                                       # what is left in its buffer would fail again: drop it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if stream is sys.stderr else 1)
-
-
 def write_atomic(state, path, previous=None):
     """Write beside, flush, rename: never half a file. Raises OSError. previous: where the old file stays."""
     try:
@@ -63,7 +48,7 @@ def read_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                  # one cut short fails as zip, pickle, EOF or unicode
         saved = None
-        print_line(f"warning: {path} is damaged ({(str(error).splitlines() or [''])[0][:60]})")
+        print(f"warning: {path} is damaged ({(str(error).splitlines() or [''])[0][:60]})")
     return saved if isinstance(saved, dict) else None
 
 
@@ -125,7 +110,7 @@ class RunFolder:
         except (BlockingIOError, PermissionError):
             raise SystemExit(f"another run is writing to {self.cfg.out}: stop it, or give another --out") from None
         except OSError as error:
-            print_line(f"warning: {self.cfg.out} cannot be locked ({error}): see that only one run writes there")
+            print(f"warning: {self.cfg.out} cannot be locked ({error}): see that only one run writes there")
 
     def find_checkpoint(self):
         """The checkpoint to go on from, or None in an empty folder."""
@@ -168,8 +153,8 @@ class RunFolder:
             raise SystemExit(f"{path} belongs to a run with other options ({'; '.join(differ[:3])}{more}): give those, "
                              "or another --out")
         if (saved["world"], old["accum"]) != (self.world, self.cfg.accum) and self.rank == 0:
-            print_line(f"warning: {saved['world']} processes x {old['accum']} passes go on as {self.world} x "
-                       f"{self.cfg.accum}: no longer the same bit for bit")
+            print(f"warning: {saved['world']} processes x {old['accum']} passes go on as {self.world} x "
+                  f"{self.cfg.accum}: no longer the same bit for bit")
 
     def restore(self, parts):
         self.parts = parts
@@ -209,14 +194,16 @@ class RunFolder:
     def not_saved(self, message, must):
         if must:
             raise SystemExit(f"{message}; the earlier files are intact")
-        print_line(f"warning: {message}; the run goes on and tries again")
+        print(f"warning: {message}; the run goes on and tries again")
 
-    def save_debug(self, step, batch):
+    def write(self, name, content):
+        """Write another file -> whether that worked. If not, there is a warning and an earlier file is intact."""
         try:
-            write_atomic(dict(self.state(step), batch=batch.cpu()),
-                         os.path.join(self.cfg.out, f"debug-rank{self.rank}.pt"))
+            write_atomic(content, os.path.join(self.cfg.out, name))
+            return True
         except OSError as error:
-            print_line(f"warning: the state for debugging could not be saved: {error}")
+            print(f"warning: {name} could not be saved in {self.cfg.out} (is the disk full?): {error}; the run goes on")
+            return False
 
 
 class Log:
@@ -240,7 +227,7 @@ class Log:
                 start = b"" if f.read(1) in (b"\n", b"") else b"\n"
                 f.write(start + json.dumps(row).encode() + b"\n")
         except OSError as error:
-            print_line(f"warning: a row of {self.path} is lost: {error}")
+            print(f"warning: a row of {self.path} is lost: {error}")
 
     def timed(self, batches):
         """Yield the same batches and count the time spent waiting for them, except for the first: workers start."""
@@ -276,15 +263,15 @@ class Log:
         for part in [f"  {name} {value:.4g}" for name, value in values.items() if value or name != "skipped"]:
             if len(text + part + end) <= 120:
                 text += part
-        print_line(text + end)
+        print(text + end)
         if wait > 0.2 * each:
             self.hint_once(wait / each)
 
 
     def hint_once(self, share):
         if not self.hinted:
-            print_line(f"hint: {share:.0%} of a step waits for images; more --workers, or a set packed once by "
-                       "`python -m tools.pack`, would help")
+            print(f"hint: {share:.0%} of a step waits for images; more --workers, or a set packed once by "
+                  "`python -m tools.pack`, would help")
         self.hinted = True
 
 

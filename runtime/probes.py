@@ -10,7 +10,6 @@ import torch.distributed as dist
 from data import CenterCrops, load
 from images.augment import normalize
 from nets.heads import knn, linear
-from runtime.folder import print_line
 
 
 @torch.no_grad()
@@ -25,14 +24,14 @@ def encoded(encode, source, indices, size, channels, mean, std, device, batch=25
     for part, (img, labels, failed) in zip(places, load(CenterCrops(source, size, channels), keys, workers,
                                                         device.type == "cuda")):
         for name in failed:
-            print_line(f"warning: {name} cannot be read; another image takes its place")
+            print(f"warning: {name} cannot be read; another image takes its place")
         bad += len(failed)
         features = encode(normalize(img.to(device, non_blocking=True), mean, std))
         yield slice(part.start, part.stop, world), features, labels
         if rank == 0 and time.time() - told > 10:
             told, done = time.time(), part[-1] + 1
             left = timedelta(seconds=round((len(indices) - done) / done * (told - began)))
-            print_line(f"{done:,} of {len(indices):,} images, {done / (told - began):.0f} a second, eta {left}")
+            print(f"{done:,} of {len(indices):,} images, {done / (told - began):.0f} a second, eta {left}")
     if len(mine) >= 200 and bad > max_unreadable * len(mine):
         raise SystemExit(f"{bad} of {len(mine)} images under {source.where} could not be read, more than "
                          f"--max-unreadable {max_unreadable:g} allows")

@@ -3,6 +3,7 @@ A training run: processes, precision, seeds, schedules, the loop over steps, non
 
 `Run` does what every script does alike. It takes values and returns values, and knows nothing of what is being trained.
 """
+import io
 import math
 import os
 import signal
@@ -10,23 +11,24 @@ import sys
 import textwrap
 import time
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import batch_keys, load
+from data import WorkersDied, batch_keys, load
 from images.augment import statistics
 from images.datasets import describe, same_classes, train_and_val
 from images.device import CROPS
 from images.pictures import draw_curve
-from runtime.folder import RESUME_MAY_CHANGE, Log, RunFolder, print_line
+from runtime.folder import RESUME_MAY_CHANGE, Log, RunFolder
 from runtime.options import fail, value_errors_exit
 from runtime.probes import probe
 from vit import pair
 
+PATIENCE = 20                                                   # seconds; torchrun kills its processes after 30
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -61,28 +63,61 @@ def choose_gpu(local):
     return f"cuda:{local}"
 
 
+class Screen(io.FileIO):
+    """Standard output or error. What it cannot take (it is closed, its disk is full) is lost, but raises nothing."""
+    busy = 0                                                    # lines under way, on either of them
+
+    def write(self, data):
+        Screen.busy += 1
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+        finally:
+            Screen.busy -= 1
+
+
+def protect_screens():
+    """Replace standard output and error by Screens. A name that they have no letters for is printed with escapes."""
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        try:
+            os.fstat(fd)
+        except OSError:                                         # closed: the next file opened would take its place
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        screen = io.BufferedWriter(Screen(fd, "w", closefd=False))
+        encoding = getattr(getattr(sys, name), "encoding", None)
+        setattr(sys, name, io.TextIOWrapper(screen, encoding, errors="backslashreplace", line_buffering=True))
+
+
 def launch(main):
     """Run a script's main and leave at once: the interpreter's shutdown may hang with a decoding process, or abort."""
+    protect_screens()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C just ends it until there is something to save
     try:
-        code = 1
         main()
-        code = 0
     except SystemExit as stop:
-        code = int(bool(stop.code))
         if isinstance(stop.code, str):
             time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)     # if all say it, rank 0 ends the others first
-            print_line(stop.code, sys.stderr)
+            print(stop.code, file=sys.stderr)
+        leave(int(bool(stop.code)))
     except Exception:                                           # a mistake of ours, on one process or on all
         traceback.print_exc()
+        leave(1)
+    leave(0)
+
+
+def leave(code):
+    """End the process here: to let the frames of an error go first would be to wait for decoding processes."""
     if dist.is_initialized() and not code:                      # after a failure the others still sit in a collective
         dist.destroy_process_group()
-    print_line("", end="")                                      # flush
+    sys.stdout.flush()
     os._exit(code)
 
 
 def print_rank0(text):
     if os.environ.get("RANK", "0") == "0":
-        print_line(text)
+        print(text)
 
 
 def precision(name, device):
@@ -271,7 +306,8 @@ class Run:
 
     def passes(self, batches):
         for number in range(1, self.accum + 1):
-            crops, labels, unreadable = next(batches)
+            with self.interruptible(1 if self.world == number == 1 else PATIENCE, unchanged=number == 1):
+                crops, labels, unreadable = next(batches)
             self.unreadable += unreadable
             if self.world > 1:                                  # gradients are all-reduced in the last pass only
                 self.net.require_backward_grad_sync = number == self.accum
@@ -279,6 +315,27 @@ class Run:
             crops = [img.to(self.device, non_blocking=True) for img in (crops if several else [crops])]
             self.batch = crops[0]
             yield crops if several else crops[0], labels.to(self.device, non_blocking=True)
+
+    @contextmanager
+    def interruptible(self, patience=1, unchanged=True):
+        """A signal that is `patience` seconds old ends the run in here, though no step ends. unchanged: nothing has
+        changed since the last step, so the state can be saved; else the last checkpoint has to do."""
+        self.stop_check.patience = patience
+        try:
+            yield
+        except (Interrupted, WorkersDied) as reason:
+            self.stop_between_steps(reason, unchanged)
+        self.stop_check.patience = None
+
+    def stop_between_steps(self, reason, unchanged):
+        self.stop_check.patience = None
+        if unchanged:
+            self.save(must=True)
+        if isinstance(reason, WorkersDied):
+            raise reason
+        print_rank0(f"stopped by a signal after step {self.done}: the same command goes on from "
+                    f"{'there' if unchanged else 'the last checkpoint'}")
+        raise SystemExit(0) from None
 
     def set_lr(self, lr):
         self.lr = lr
@@ -325,11 +382,12 @@ class Run:
 
     def probe(self):
         """k-NN and linear accuracy of the frozen features, in the log and on the screen."""
-        found = probe(self.features, self.train, self.val, self.size, len(self.mean), self.mean, self.std, self.device,
-                      self.cfg.workers)
+        with self.interruptible():
+            found = probe(self.features, self.train, self.val, self.size, len(self.mean), self.mean, self.std,
+                          self.device, self.cfg.workers)
         if self.rank == 0:
             self.log.note(step=self.done, **found)
-            print_line(f"frozen features after step {self.done}: k-NN {found['knn']:.1f}%, linear "
+            print_rank0(f"frozen features after step {self.done}: k-NN {found['knn']:.1f}%, linear "
                        f"{found['linear']:.1f}%")
 
     def finish(self, also=""):                                  # a probe, the curve of the loss, and the last word
@@ -338,7 +396,7 @@ class Run:
         if self.rank == 0 and self.total > 1:
             draw_curve(self.cfg.out)
         if self.rank == 0:
-            print_line(f"done: {self.cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl{also}")
+            print(f"done: {self.cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl{also}")
 
     def leave(self, reason):
         """Say why the run ends early, and end it. Only a signal is not a failure."""
@@ -353,13 +411,17 @@ class Run:
                  f"{self.cfg.max_unreadable:g} allows: {self.log.path} names them, last.pt holds step {step}")
         # The loss is this rank's own: a rank that made the trouble keeps its batch, and rank 0 keeps one in any case.
         if self.rank == 0 or not self.losses["loss"].isfinite():
-            self.folder.save_debug(step, self.batch)
+            self.folder.write(f"debug-rank{self.rank}.pt", dict(self.folder.state(step), batch=self.batch.cpu()))
         bad = [f"gradient of {name}" for name, p in self.model.named_parameters()
                if p.grad is not None and not p.grad.isfinite().all()]
         what = (bad or ["gradient"])[0] if mean_over_ranks(self.losses["loss"]).isfinite() else "loss"
         fail(f"{check.in_a_row} steps in a row, up to step {step}, gave a non-finite {what} and were skipped: "
              f"{self.cfg.out}/debug-rank*.pt have the state and the batches; try --clip-grad 1, a lower --lr or "
              "--dtype fp32")
+
+
+class Interrupted(BaseException):
+    """A signal, where nothing is half done. Decoding takes any Exception for a damaged image, so this is none."""
 
 
 class StopCheck:
@@ -369,23 +431,41 @@ class StopCheck:
     read one step late, when they have long arrived: reading this step's would wait for the device. Called after each
     step with finite_step's flag and the names of this rank's unreadable images, out of `images`, it returns the reason
     to stop, "signal", "unreadable", "non-finite" or None; and whether a row of the log is due by time.
+
+    A step that waits for its images may wait for ever. So a signal also starts a clock: `patience` seconds later it
+    raises Interrupted, wherever patience is a number, because nothing is half done there.
     """
 
     def __init__(self, cfg, device, world, log):
         self.cfg, self.device, self.world, self.log = cfg, device, world, log
-        self.signal, self.late, self.names = 0, None, set()
+        self.signal, self.seconds, self.patience, self.late, self.names = 0, 0, None, None, set()
         self.skipped = self.in_a_row = self.unreadable = self.images = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.on_signal)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.on_clock)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:          # nohup has it ignored
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        # A second Ctrl-C means now; not under torchrun, which forwards the one that the terminal has already sent.
-        if self.signal == number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise KeyboardInterrupt
-        if not self.signal and self.log.rank == 0:
-            with suppress(OSError):                             # print may be at work already, and cannot be entered
-                os.write(2, b"signal: finishing this step, whose images may take a moment, then saving\n")
+        if self.signal:
+            return
         self.signal = number
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        if self.log.rank == 0:                                  # print may be at work already, and cannot be entered
+            Screen(2, "w", closefd=False).write(b"signal: finishing this step, whose images may take a moment, then "
+                                                b"saving\n")
+
+    def on_clock(self, number, frame):
+        """Every second after a signal. It may come twice at once: torchrun forwards what the terminal has sent already.
+        But from now on the same signal again ends the process at once."""
+        self.seconds += 1
+        signal.signal(self.signal, signal.SIG_DFL)
+        if Screen.busy:                                         # nobody takes the line: drop it and all that follow
+            for fd in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        if self.patience is not None and self.seconds >= self.patience:
+            self.patience = None
+            raise Interrupted
 
     def __call__(self, skipped, unreadable, images):
         if unreadable:
@@ -410,7 +490,7 @@ class StopCheck:
 
     def name_once(self, unreadable):
         for name in sorted(set(unreadable) - self.names):
-            print_line(f"warning: {name} cannot be read; another image takes its place")
+            print(f"warning: {name} cannot be read; another image takes its place")
             self.log.note(unreadable=name)
         self.names.update(unreadable)
 

@@ -17,9 +17,10 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def signals_as_they_were():
     """A script's main installs signal handlers; pytest wants its own back."""
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM
     before = [signal.getsignal(number) for number in numbers]
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in zip(numbers, before):
         signal.signal(number, handler)
 

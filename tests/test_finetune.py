@@ -440,11 +440,10 @@ def test_evaluation_of_the_demos_file(tmp_path, capsys):
 
 def test_a_signal_during_an_evaluation_loses_nothing(classes, tmp_path):
     """The evaluation is left, the run ends with 0, and the next start evaluates the same step."""
-    code = ("import os, signal, sys; sys.path.insert(0, '.'); import finetune, runtime.probes, runtime.run\n"
-            "was = runtime.probes.normalize\n"
+    code = ("import os, signal, sys, time; sys.path.insert(0, '.'); import finetune, runtime.probes, runtime.run\n"
             "def normalize(*args):\n"                            # of evaluation crops; training has its own
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
-            "    return was(*args)\n"
+            "    time.sleep(60)\n"
             "runtime.probes.normalize = normalize; runtime.run.launch(lambda: finetune.main(sys.argv[1:]))")
     args = ["--data", str(classes), *TINY, "--save-every", "99", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)

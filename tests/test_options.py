@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 
 from runtime import options
-from runtime.options import TrainingOptions, check, fill, opt, parse, read_command_line, shorten
+from runtime.options import ProbeOptions, TrainingOptions, check, fill, opt, parse, read_command_line, shorten
 
 
 @dataclass
-class Config(TrainingOptions):
+class Config(TrainingOptions, ProbeOptions):
     batch_size: int = opt(8, "images per step, 100% of them", least=1)
     epochs: float | None = opt(10, "epochs", least=0)
     warmup_epochs: float | None = opt(1, "epochs", least=0, shrinks=True)

@@ -12,7 +12,6 @@ import torch
 from images.augment import statistics
 from images.datasets import open_dataset
 from mae import MAE, draw
-from runtime.folder import print_line
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
 from weights import load_into, read, vit_options
 
@@ -51,8 +50,8 @@ def load_mae(path, cfg):
         fail(f"{path} does not say how many heads its decoder has: give --decoder-heads")
     norm_pix = first(cfg.norm_pix, stored.get("norm_pix"), stored.get("norm_pix_loss"))
     if norm_pix is None:
-        print_line("the file does not say what it predicts: drawn as standardised patches (for official mae_visualize "
-                   "files give --no-norm-pix)")
+        print("the file does not say what it predicts: drawn as standardised patches (for official mae_visualize "
+              "files give --no-norm-pix)")
     depth = len({name.split(".")[1] for name in file.state if name.startswith("decoder_blocks.")})
     options = vit_options(file, cfg.heads)
     options["img_size"] = cfg.img_size or options["img_size"]
@@ -83,7 +82,7 @@ def main(argv):
     os.makedirs(cfg.out, exist_ok=True)
     target = os.path.join(cfg.out, "recon.png")
     draw(model, open_dataset(source) if images is None else images, mean, std, target, cfg.count)
-    print_line(f"drew {target}")
+    print(f"drew {target}")
 
 
 if __name__ == "__main__":
