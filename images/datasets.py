@@ -10,6 +10,7 @@ bytes or a PIL image, name(i) for messages, relative(i), the path inside it, whe
 """
 import bisect
 import copy
+import hashlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -186,6 +187,13 @@ def train_and_val(data, fraction=1.0, seed=0, download=False):
 def same_classes(train, val):
     """Whether both sources have labels, of the same classes."""
     return val is not None and bool(val.classes) and val.classes == train.classes
+
+
+def digest_of_names(source):
+    """A digest of the names and labels of a source, by which a run that goes on knows its images again."""
+    names = source.images["name"] if source.images.dtype.names else source.images
+    labels = b"" if source.labels is None else np.asarray(source.labels, dtype=np.int64).tobytes()
+    return hashlib.sha256(names.tobytes() + labels).hexdigest()
 
 
 def describe(source):

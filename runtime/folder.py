@@ -52,6 +52,34 @@ def read_checkpoint(path):
     return saved if isinstance(saved, dict) else None
 
 
+# What an optimizer keeps for each parameter; its own load_state_dict does not look.
+MOMENTS = dict(AdamW={"step", "exp_avg", "exp_avg_sq"}, SGD={"momentum_buffer"}, LARS={"momentum_buffer"})
+
+
+def load_optimizer(optimizer, state):
+    """Load the moments of a checkpoint; the options of the groups stay those of this run. Raises nearly anything where
+    the moments are not those of these parameters."""
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, options):
+        group.update(values)
+    for p, moments in optimizer.state.items():
+        if set(moments) != MOMENTS[type(optimizer).__name__]:
+            raise ValueError(f"the optimizer's state has {', '.join(map(str, moments)) or 'nothing'} for a parameter")
+        for name, x in moments.items():
+            wanted = () if name == "step" else tuple(p.shape)
+            if tuple(x.shape) != wanted:
+                raise ValueError(f"{name} is {tuple(x.shape)} for a parameter of {tuple(p.shape)}")
+
+
+def not_finite(state, name=""):
+    """The name of the first tensor in nested dicts that holds NaN or infinity, or None."""
+    if isinstance(state, dict):
+        return next(filter(None, (not_finite(value, f"{name}.{key}") for key, value in state.items())), None)
+    is_bad = torch.is_tensor(state) and state.is_floating_point() and not state.isfinite().all()
+    return name.lstrip(".") if is_bad else None
+
+
 class FileOfRun:
     """A file that a run stands on, such as a teacher's: checkpoints hold its digest, and a resumed run compares it."""
 
@@ -75,8 +103,8 @@ class RunFolder:
     whole: a warning, or, if it `must` be, the end.
     """
 
-    def __init__(self, cfg, method, rank, world, images):
-        self.cfg, self.method, self.rank, self.world, self.images = cfg, method, rank, world, images
+    def __init__(self, cfg, method, rank, world, images, names=None):
+        self.cfg, self.method, self.rank, self.world, self.images, self.names = cfg, method, rank, world, images, names
         self.last, self.previous = os.path.join(cfg.out, "last.pt"), os.path.join(cfg.out, "previous.pt")
         self.damaged, self.saved, self.parts, problem = False, None, {}, None
         try:
@@ -128,7 +156,11 @@ class RunFolder:
                 raise SystemExit(f"--resume {path} does not exist")
             saved = read_checkpoint(path)
             if saved:
-                self.check(path, saved)
+                try:
+                    self.check(path, saved)
+                except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                    raise SystemExit(f"{path} has not the structure of a checkpoint ({error!r:.80}): give another "
+                                     "--out, or start from its weights with --init") from None
                 return saved
             self.damaged = True                                 # then previous.pt is the good one and must stay
         raise SystemExit(f"{' and '.join(paths)} cannot be read as a checkpoint: move it away to start anew")
@@ -152,32 +184,44 @@ class RunFolder:
             more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise SystemExit(f"{path} belongs to a run with other options ({'; '.join(differ[:3])}{more}): give those, "
                              "or another --out")
+        if saved.get("names") not in (None, self.names):
+            raise SystemExit(f"the images under {self.cfg.data} are not those that {path} was trained on: as many, but "
+                             "with other names or labels; restore them, or give another --out")
         if (saved["world"], old["accum"]) != (self.world, self.cfg.accum) and self.rank == 0:
             print(f"warning: {saved['world']} processes x {old['accum']} passes go on as {self.world} x "
                   f"{self.cfg.accum}: no longer the same bit for bit")
 
-    def restore(self, parts):
+    def restore(self, parts, steps=math.inf):
         self.parts = parts
-        return self.load() if self.saved else 0
+        return self.load(steps) if self.saved else 0
 
-    def load(self):
-        """Load the checkpoint into the parts -> the number of optimizer steps done."""
+    def load(self, steps):
+        """Load the checkpoint into the parts -> the number of optimizer steps done, at most `steps`."""
         try:
+            step = self.saved["step"]
+            if not isinstance(step, int) or not 0 <= step <= steps:
+                raise ValueError(f"it is of step {step!r} of {steps}")
             for name, part in self.parts.items():
-                part.load_state_dict(self.saved[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0][:80]
+                bad = not_finite(self.saved[name])
+                if bad:
+                    raise ValueError(f"{bad} of {name} is not finite")
+                if isinstance(part, torch.optim.Optimizer):
+                    load_optimizer(part, self.saved[name])
+                else:
+                    part.load_state_dict(self.saved[name])
+        except Exception as error:                              # what has another structure raises almost anything
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise SystemExit(f"the checkpoint in {self.cfg.out} does not fit this run ({reason}): it was made with a "
                              "teacher or without one, or by an older version; give another --out, or --init for its "
                              "weights") from None
-        step, self.saved = self.saved["step"], None             # its memory is free again
+        self.saved = None                                       # its memory is free again
         return step
 
     def state(self, step):
         """Everything needed to go on from optimizer step `step`, in plain types and tensors."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return dict(method=self.method, step=step, config=asdict(self.cfg), world=self.world, images=self.images,
-                    torch=str(torch.__version__), **parts)
+                    names=self.names, torch=str(torch.__version__), **parts)
 
     def save(self, step, encoder, keep=None, must=False):
         if self.rank:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import WorkersDied, batch_keys, load
 from images.augment import statistics
-from images.datasets import describe, same_classes, train_and_val
+from images.datasets import describe, digest_of_names, same_classes, train_and_val
 from images.device import CROPS
 from images.pictures import draw_curve
 from runtime.folder import RESUME_MAY_CHANGE, Log, RunFolder
@@ -236,7 +236,8 @@ class Run:
             fail("--probe-every needs the same classes in train/ and in val/")
         with value_errors_exit():
             self.size, (self.mean, self.std) = pair(cfg.img_size), statistics(cfg.in_chans, cfg.mean, cfg.std)
-        self.folder = RunFolder(cfg, self.method, self.rank, self.world, len(train))
+        self.folder = RunFolder(cfg, self.method, self.rank, self.world, len(train),
+                                digest_of_names(train))
         self.init = None if self.folder.saved else cfg.init
         torch.manual_seed(cfg.seed)                             # from here on all ranks build the same weights
         return train, val
@@ -260,7 +261,7 @@ class Run:
         self.encoder = {"method": self.method, **encoder, "config": stored}
         whole = dict(model.named_children()) if split else dict(model=model)
         parts = dict(parts, **whole, optimizer=optimizer, scaler=self.scaler)
-        self.done = self.folder.restore({name: part for name, part in parts.items() if part is not None})
+        self.done = self.folder.restore({name: part for name, part in parts.items() if part is not None}, self.total)
         if cfg.compile or cfg.compile is None and self.device.type == "cuda":
             model.compile(dynamic=False)                        # inside DDP: passes without a sync compile only once
         self.net = model if self.world == 1 else DDP(model, broadcast_buffers=False, **(ddp or {}))

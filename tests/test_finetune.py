@@ -13,6 +13,7 @@ from conftest import write_images
 from golden import FOLDER, Golden, close, close_grads, each_recording, needs_golden, read_json, recordings
 from test_parity import rows_of, vit_config
 from test_runs import finish, kill_9, rows, same_state, start, wait_for
+from test_runtime import Source
 
 import finetune
 from data import CenterCrops
@@ -198,7 +199,7 @@ def test_published_counts():
 
 def peak(monkeypatch, out, images, *options):
     """The peak learning rate of a run over a set of so many images."""
-    monkeypatch.setattr("runtime.run.train_and_val", lambda *_: (range(images), None))
+    monkeypatch.setattr("runtime.run.train_and_val", lambda *_: (Source(images), None))
     run = Run(config(*options, "--out", out, "--device", "cpu"), "finetune")
     run.datasets()
     return run.peak

@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_images
@@ -104,10 +106,10 @@ class Source:
     labels = classes = None
 
     def __init__(self, images):
-        self.images = images
+        self.images = np.arange(images)
 
     def __len__(self):
-        return self.images
+        return len(self.images)
 
 
 def planned(monkeypatch, cfg, images, world=1, **options):
@@ -432,6 +434,73 @@ def test_an_option_that_is_gone(tmp_path):
     state["config"]["visualize"] = None
     torch.save(state, tmp_path / "last.pt")
     assert folder_in(tmp_path).step == 7
+
+
+def changed(tmp_path, change):
+    """A checkpoint of a run, as another program, an older version or a bad disk might leave it."""
+    folder = folder_in(tmp_path)
+    folder.save(7, {})
+    left(folder)
+    state = torch.load(tmp_path / "last.pt")
+    change(state)
+    torch.save(state, tmp_path / "last.pt")
+
+
+def first_moments(state):
+    return state["optimizer"]["state"][0]
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("model"), "does not fit this run"), (lambda s: s.update(model={}), "Missing key"),
+    (lambda s: s.update(model=[1]), "does not fit this run"), (lambda s: s["model"].update(more=torch.ones(2)), "more"),
+    (lambda s: s["model"].update(weight=torch.ones(4, 2)), "size mismatch"),
+    (lambda s: s["model"]["weight"].mul_(math.nan), "weight of model is not finite"),
+    (lambda s: s.update(step="7"), "step '7'"), (lambda s: s.update(step=-1), "step -1"),
+    (lambda s: s.update(step=81), "step 81 of 80"), (lambda s: s.update(step=7.0), "step 7.0"),
+    (lambda s: s.update(config=None), "not the structure"), (lambda s: s.pop("config"), "not the structure"),
+    (lambda s: s.pop("world"), "not the structure"), (lambda s: s["config"].update(lr="x"), "lr was x, is None"),
+    (lambda s: s.update(optimizer=3), "does not fit this run"), (lambda s: s["optimizer"].pop("state"), "does not fit"),
+    (lambda s: s["optimizer"].update(param_groups=[]), "different number of parameter groups"),
+    (lambda s: s["optimizer"]["param_groups"][0].update(params=[0]), "doesn't match the size"),
+    (lambda s: first_moments(s).update(exp_avg=torch.zeros(4, 2)), r"exp_avg is \(4, 2\) for a parameter of \(2, 4\)"),
+    (lambda s: first_moments(s).update(exp_avg_sq=torch.zeros(())), r"exp_avg_sq is \(\)"),
+    (lambda s: first_moments(s).update(step=torch.zeros(2)), r"step is \(2,\)"),
+    (lambda s: first_moments(s).pop("exp_avg_sq"), "the optimizer's state has step, exp_avg for a parameter"),
+    (lambda s: first_moments(s).update(exp_avg="x"), "does not fit this run"),
+    (lambda s: s["optimizer"]["state"].update({0: s["optimizer"]["state"][1]}), r"for a parameter of \(2, 4\)"),
+    (lambda s: first_moments(s)["exp_avg"].fill_(math.inf), "state.0.exp_avg of optimizer is not finite"),
+    (lambda s: s["optimizer"]["state"].update({9: {}}), "does not fit this run")])
+def test_a_checkpoint_of_another_structure_is_refused(tmp_path, change, words):
+    changed(tmp_path, change)
+    with pytest.raises(SystemExit, match=words) as stop:
+        folder = RunFolder(Config(out=str(tmp_path)), "toy", 0, 1, 50)
+        folder.restore(toy_parts(), 80)
+    assert "\n" not in str(stop.value)
+
+
+def test_options_of_the_optimizer_are_those_of_the_run(tmp_path):
+    changed(tmp_path, lambda s: s["optimizer"]["param_groups"][0].pop("betas"))
+    folder = folder_in(tmp_path)
+    assert folder.step == 7 and folder.parts["optimizer"].param_groups[0]["betas"] == (0.9, 0.999)
+    folder.parts["optimizer"].step()
+
+
+def test_images_with_other_names_or_labels(classes, tmp_path):
+    """As many, but a file has moved to another class: its label would be another from the kill on."""
+    data = tmp_path / "data"
+    shutil.copytree(classes, data)
+    with pytest.raises(SystemExit):
+        Training(tmp_path / "out", data, at={2: stop_signal})()
+    shutil.copytree(data, tmp_path / "moved")
+    os.rename(data / "train" / "a" / "003.png", data / "train" / "b" / "103.png")
+    with pytest.raises(SystemExit, match="the images under .*data are not those .* with other names or labels"):
+        Training(tmp_path / "out", data)
+    os.rename(data / "train" / "b" / "103.png", data / "train" / "a" / "003.png")
+    assert Training(tmp_path / "out", data).run.done == 2
+    state = torch.load(tmp_path / "out" / "last.pt")
+    del state["names"]                                          # as earlier versions wrote it
+    torch.save(state, tmp_path / "out" / "last.pt")
+    assert Training(tmp_path / "out", data).run.done == 2
 
 
 def test_checkpoints_are_plain(tmp_path):
