@@ -44,7 +44,7 @@ class Config(NetworkOptions, ProbeOptions):
     head_hidden: int = opt(2048, "width inside the heads", least=1)
     bottleneck: int = opt(256, "width before the prototypes", least=1)
     norm_last_layer: bool | None = opt(None, "keep the length of prototypes at 1")
-    freeze_last_layer: int = opt(1, "epochs at the start in which prototypes stay as they are", least=0)
+    freeze_last_layer: float = opt(1, "epochs at the start in which prototypes stay as they are", 0, shrinks=True)
     region_weight: float | None = opt(None, "share of the region loss beside the views'; 0: DINO", least=0, most=1)
     region_from: int | None = opt(None, "epoch of the first region loss (default: 0; large models: later)", least=0)
     teacher_temp: float | None = opt(None, "temperature of the teacher's softmax", above=0)
@@ -309,6 +309,8 @@ def complete(cfg):
         cfg = replace(cfg, region_from=int(200 * min(1.0, cfg.epochs / 300)) if late else 0)
     if cfg.region_weight and cfg.region_from >= cfg.epochs:
         fail(f"--region-from {cfg.region_from} is after the end: give --region-weight 0 for views alone")
+    if cfg.freeze_last_layer >= cfg.epochs:
+        fail(f"--freeze-last-layer {cfg.freeze_last_layer:g} of {cfg.epochs:g} epochs: prototypes would never learn")
     if cfg.teacher_temp > 0.07:                                 # in DINO's table k-NN falls to 0.1% at 0.08
         print_rank0(f"warning: teachers above a temperature of 0.07 collapse, and this one's is {cfg.teacher_temp:g}")
     return cfg
@@ -381,7 +383,7 @@ def main(argv=None):
                 loss, found = net(views, temperature, dense)                                    # ()
             run.backward(loss, **found["parts"])
             means = means + found["means"] / cfg.accum                                          # (1 or 2, K)
-        if epoch < cfg.freeze_last_layer:
+        if step < cfg.freeze_last_layer * run.per_epoch:
             last_layers.zero_grad()                             # AdamW leaves alone what has no gradient
         run.update(metrics=partial(model.metrics, found, temperature), per_tensor=True, wd=wd, momentum=momentum,
                    temperature=temperature)

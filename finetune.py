@@ -14,6 +14,7 @@ Expected:   not run yet at full size; small sets are in docs/findings.md
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -96,7 +97,8 @@ class Config(TrainingOptions):
     distill_alpha: float = opt(0.5, "share of the teacher's loss, beside the labels'", 0, 1, needs="distill_teacher")
     distill_tau: float = opt(1.0, "soft: temperature of both distributions", above=0, needs="distill_teacher")
     eval_every: int = opt(10, "epochs between evaluations on val/, beside that at the end; 0: only at the end", least=0)
-    eval: str | None = opt(None, "only evaluate this classifier on val/")
+    eval: str | None = opt(None, "only evaluate this classifier on val/, which may have a part of its classes")
+    class_names: str | None = opt(None, "text file of its classes' names, a line each, if it has none", needs="eval")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -196,15 +198,17 @@ class LabelTeacher(FileOfRun):
 # Evaluation, and the run
 
 @torch.no_grad()
-def evaluate(model, source, size, mean, std, device, workers=0, batch=250):
+def evaluate(model, source, size, mean, std, device, workers=0, batch=250,
+             numbers=slice(None)):
     """Accuracy on the evaluation crops of a labelled source, exact over ranks: every image once -> dict of test_acc1,
-    test_acc5, test_class_acc (the mean of the classes'), in percent, and test_loss."""
+    test_acc5, test_class_acc (the mean of the classes'), in percent, and test_loss. numbers: of the logits that stand
+    for the source's classes, in their order (default: all)."""
     classes, was_training = len(source.classes), model.training
     sums = torch.zeros(4, classes, device=device)               # images, first right, five right, loss
     model.eval()
     for _, logits, labels in encoded(model, source, range(len(source)), size, len(mean), mean, std, device,
                                      batch=batch, workers=workers):
-        logits, labels = logits.float(), labels.to(device, non_blocking=True)
+        logits, labels = logits[:, numbers].float(), labels.to(device, non_blocking=True)
         right = logits.topk(min(5, classes), 1).indices == labels.unsqueeze(1)                  # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="none")
         sums.index_add_(1, labels, torch.stack([torch.ones_like(loss), right[:, 0], right.any(1), loss]))
@@ -243,21 +247,40 @@ def open_classifier(path, heads, img_size, heads_flag="--heads"):
     return model, file
 
 
+def class_numbers(names, count, folders):
+    """Which of a classifier's `count` classes each class folder stands for -> [number, or None where it is none].
+
+    names: the classifier's own. Without any its classes are the folders in their order, and that of integers is 0, 1,
+    2, ..., 10; if there are fewer folders than classes, integers are the numbers themselves.
+    """
+    if names is None and len(folders) == count:
+        names = sorted(folders, key=int) if all(name.isdecimal() for name in folders) else folders
+    number = {name: i for i, name in enumerate(names or map(str, range(count)))}
+    return [number.get(name) for name in folders]
+
+
 def evaluate_file(cfg):
-    """--eval: a classifier on the evaluation part of a set, at its own image size or --img-size."""
+    """--eval: a classifier on the evaluation part of a set, at its own image size or --img-size. Of a set with a part
+    of the classes (ImageNet-A, -R) predictions are made among these alone, as is usual."""
     device = setup(cfg.device)[2]
     model, file = open_classifier(cfg.eval, cfg.heads, cfg.img_size)
     val = open_dataset(cfg.data, "val", cfg.download)
-    count, theirs = model.config["num_classes"], list(val.classes or ()) if val else []
-    known = list(file.config.get("classes") or theirs)
-    if len(theirs) != count or known != theirs:
-        fail(f"{cfg.eval} tells {count} classes apart ({', '.join(known)[:60]}), and val/ of {cfg.data} has "
-             f"{len(theirs)} ({', '.join(theirs)[:60]}): they must be the same")
+    count, folders = model.config["num_classes"], list(val.classes or ()) if val else []
+    names = Path(cfg.class_names).read_text().splitlines() if cfg.class_names else file.config.get("classes")
+    numbers = class_numbers(names, count, folders)
+    if not numbers or None in numbers or max(numbers) >= count:
+        known = ", ".join(names or ["not named"])[:60]
+        fail(f"{cfg.eval} tells {count} classes apart ({known}), and val/ of {cfg.data} has {len(folders)} "
+             f"({', '.join(folders)[:60]}): each has to be one of the classifier's, by name")
+    if names is None:
+        order = ", ".join(folders[numbers.index(i)] for i in sorted(numbers)[:12])
+        print_rank0(f"{cfg.eval} does not name its classes: they are taken to be {order}, ..., in this order")
     mean, std = (tuple(getattr(cfg, name) or file.config.get(name) or ()) for name in ("mean", "std"))
     with value_errors_exit():
         size, (mean, std) = pair(model.config["img_size"]), statistics(model.config["in_chans"], mean, std)
-    found = evaluate(model.to(device), val, size, mean, std, device, cfg.workers)
-    print_rank0(f"{len(val):,} images of {cfg.data}, {size[0]}x{size[1]} pixels: {RESULT.format(**found)}")
+    found = evaluate(model.to(device), val, size, mean, std, device, cfg.workers, numbers=numbers)
+    part = f", {len(folders)} of the {count} classes" if len(folders) < count else ""
+    print_rank0(f"{len(val):,} images of {cfg.data}{part}, {size[0]}x{size[1]} pixels: {RESULT.format(**found)}")
 
 
 def options_of_init(path, heads):

@@ -797,6 +797,7 @@ def test_other_settings(classes, tmp_path, brief, args):
     (["--local-scale", "0.5", "0.1"], "--local-scale must be a least and a largest"),
     (["--global-scale", "0.5"], "--global-scale must be a least and a largest"),
     (["--region-from", "3"], "--region-from 3 is after the end"), (["--region-weight", "2"], "must be at most 1"),
+    (["--freeze-last-layer", "2"], "--freeze-last-layer 2 of 2 epochs: prototypes would never learn"),
     (["--teacher-temp", "0"], "must be above 0"),
     (["--decode", "device"], "--decode.* 'device' .*workers"), (["--in-chans", "2"], "--in-chans.* 2 .*1, 3, 4"),
     (["--batch-size", "64"], "40 images, less than one"),
@@ -804,6 +805,17 @@ def test_other_settings(classes, tmp_path, brief, args):
 def test_bad_options(classes, tmp_path, brief, args, words):
     with pytest.raises(SystemExit, match=words):
         train(tmp_path, "--data", classes, "--epochs", 2, *args)
+
+
+def test_prototypes_learn_in_a_run_of_one_epoch(classes, tmp_path, brief):
+    """They stay for a whole epoch of a long run, so for a tenth of a short one."""
+    moved = {}
+    for name, epochs in (("a tenth", 0.2), ("half", 0.6), ("all", 1)):      # of 5 steps: 1, 3, 5
+        train(tmp_path / name, "--data", classes, "--epochs", epochs)
+        moved[name] = torch.load(tmp_path / name / "last.pt")["student"]["head.last_layer.weight_v"]
+    assert not torch.equal(moved["a tenth"], moved["half"]) and not torch.equal(moved["half"], moved["all"])
+    assert resolved("--model", "swin_mini", "--epochs", "1").freeze_last_layer == 0.1
+    assert resolved("--model", "swin_mini", "--epochs", "50").freeze_last_layer == 1
 
 
 def test_a_hot_teacher_is_named(classes, tmp_path, capsys, brief):

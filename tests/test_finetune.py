@@ -1,6 +1,7 @@
 """finetune.py: recorded runs of the reference implementations, the recipes' laws, and real processes."""
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,18 @@ from test_runs import finish, kill_9, rows, same_state, start, wait_for
 from test_runtime import Source
 
 import finetune
-from data import CenterCrops
-from finetune import evaluate, make_classifier, make_optimizer, objective, open_classifier, resolve, start_from
+from data import CenterCrops, decode
+from finetune import (
+    class_numbers,
+    evaluate,
+    make_classifier,
+    make_optimizer,
+    objective,
+    open_classifier,
+    resolve,
+    start_from,
+)
+from images.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from images.datasets import open_dataset
 from images.mixing import soft_targets
 from nets.beit import BeitViT, TwoHeads
@@ -383,8 +394,8 @@ def test_what_cannot_be_run_is_said(classes, tmp_path):
     assert "does not exist: a checkpoint" in refused("--init", tmp_path / "none.pt")
     model = small(num_classes=3)
     torch.save(dict(config=model.config, model=model.state_dict()), tmp_path / "three.pt")
-    assert "tells 3 classes apart (a, b), and val/" in refused("--eval", tmp_path / "three.pt", "--data", classes)
-    assert "tells 3 classes apart (), and val/ of" in refused("--eval", tmp_path / "three.pt", "--data", flat)
+    assert "tells 3 classes apart (not named), and val/" in refused("--eval", tmp_path / "three.pt", "--data", classes)
+    assert "and val/ of" in refused("--eval", tmp_path / "three.pt", "--data", flat)
     assert "knows 3 classes, with mean" in refused(
         "--data", classes, *TINY, "--out", out, "--distill-teacher", tmp_path / "three.pt")
     assert "none of vit_mini" in refused("--init", tmp_path / "three.pt")
@@ -429,6 +440,52 @@ def test_scratch_teacher_evaluation(classes, tmp_path, capsys):
         *args, "--distill-teacher", teacher, "--out", tmp_path / "s0", "--img-size", "32")
     assert "is no state dict of resnet18 for 2 classes" in refused(
         *args, "--distill-teacher", f"resnet18:{tmp_path / 'm.pth'}", "--out", tmp_path / "s3")
+
+
+def test_numbers_of_classes():
+    """By name, where the classifier stores them; else folders in order, integers in theirs; parts of them too."""
+    names = ["cat", "dog", "emu", "fox"]
+    assert class_numbers(names, 4, ["cat", "dog", "emu", "fox"]) == [0, 1, 2, 3]
+    assert class_numbers(names, 4, ["emu", "fox"]) == [2, 3] and class_numbers(names, 4, ["ant"]) == [None]
+    assert class_numbers(["dog", "cat"], 2, ["cat", "dog"]) == [1, 0]
+    assert class_numbers(None, 4, ["a", "b", "c", "d"]) == [0, 1, 2, 3] and class_numbers(None, 4, ["a"]) == [None]
+    folders = sorted(map(str, range(12)))                       # 0, 1, 10, 11, 2, ...
+    assert class_numbers(None, 12, folders) == [int(name) for name in folders]
+    from_one = sorted(map(str, range(1, 13)))
+    assert class_numbers(None, 12, from_one) == [int(name) - 1 for name in from_one]
+    assert class_numbers(None, 1000, ["10", "7", "999"]) == [10, 7, 999] and class_numbers(None, 9, ["9"]) == [None]
+    assert class_numbers(folders, 12, folders) == list(range(12))            # stored names win
+
+
+def test_a_part_of_the_classes_is_evaluated_by_name(tmp_path, capsys):
+    """A file that names no classes and folders 0, 1, 10, 11, 2, ...; 2 of its 12 classes; names from a text file. The
+    head finds the nearest of twelve images, one of each class."""
+    model, images = small(num_classes=12, dim=96).eval(), []
+    for k, name in enumerate(map(str, range(12))):
+        for split in ("train", "val"):
+            write_images(tmp_path / "numbers" / split / name, 1, side=16, seed=k)
+        img = decode((tmp_path / "numbers" / "val" / name / "000.png").read_bytes())
+        images.append(normalize(img.unsqueeze(0), IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        found = model.features(torch.cat(images))               # |x - found|^2 is least where this logit is largest
+        model.head.weight.copy_(found * 100)
+        model.head.bias.copy_(found.square().sum(1) * -50)
+    torch.save(dict(model=model.state_dict(), heads=3), tmp_path / "bare.pt")
+    for name in ("2", "10"):
+        shutil.copytree(tmp_path / "numbers" / "val" / name, tmp_path / "part" / "val" / name)
+    shutil.copytree(tmp_path / "part" / "val", tmp_path / "part" / "train")
+    (tmp_path / "names.txt").write_text("".join(f"{k}\n" for k in (2, 10, 0, 1, 3, 4, 5, 6, 7, 8, 9, 11)))
+
+    def evaluated(data, *more):
+        finetune.main([*map(str, ["--eval", tmp_path / "bare.pt", "--heads", 3, "--data", tmp_path / data, *more])])
+        return capsys.readouterr().out
+    text = evaluated("numbers")
+    assert "12 images of" in text and "top-1 100.000%" in text
+    assert "does not name its classes: they are taken to be 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11" in text
+    text = evaluated("part")
+    assert "2 images of" in text and "part, 2 of the 12 classes, 16x16 pixels: top-1 100.000%" in text
+    text = evaluated("numbers", "--class-names", tmp_path / "names.txt")
+    assert "top-1 8.333%" in text and "does not name" not in text           # 11 alone is where the head has it
 
 
 def test_evaluation_of_the_demos_file(tmp_path, capsys):
