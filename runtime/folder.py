@@ -23,6 +23,7 @@ from weights import digest, file_and_key
 # by itself), so it may be resumed with other values.
 RESUME_MAY_CHANGE = {"out", "compile", "distill_teacher", "teacher", "resume", "device", "workers", "download",
                      "log_every", "save_every", "keep_every", "eval_every", "picture_every", "probe_every",
+                     "probe_data", "tensorboard", "wandb",
                      "max_unreadable", "max_skipped", "accum"}
 
 
@@ -257,7 +258,10 @@ class Log:
     def __init__(self, cfg, rank, device, start, total, per_epoch, **facts):
         self.path, self.rank, self.device = os.path.join(cfg.out, "log.jsonl"), rank, device
         self.start, self.last, self.total, self.per_epoch, self.batch = start, start, total, per_epoch, cfg.batch_size
-        self.waited, self.since, self.hinted = 0.0, None, False
+        self.waited, self.since, self.hinted, self.writers = 0.0, None, False, None
+        if cfg.tensorboard or cfg.wandb:
+            from runtime.writers import Writers  # here, because it imports packages that are optional
+            self.writers = Writers(cfg, rank, start)
         if rank == 0:
             self.note(config=asdict(cfg), commit=git_commit(), torch=str(torch.__version__), start=start, steps=total,
                       **facts)
@@ -272,6 +276,12 @@ class Log:
                 f.write(start + json.dumps(row).encode() + b"\n")
         except OSError as error:
             print(f"warning: a row of {self.path} is lost: {error}")
+        if self.writers:
+            self.writers.write(row)
+
+    def close(self):
+        if self.writers:
+            self.writers.close()
 
     def timed(self, batches):
         """Yield the same batches and count the time spent waiting for them, except for the first: workers start."""

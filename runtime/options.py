@@ -64,6 +64,8 @@ class Options:
                       choices=("workers", "device"))
     download: bool = opt(False, "fetch --data if it is a torchvision set that is not there yet")
     log_every: int = opt(20, "steps between rows of the log; a row also comes at least every 30 seconds", least=1)
+    tensorboard: bool = opt(False, "write the log as event files of TensorBoard, too (pip install tensorboard)")
+    wandb: str | None = opt(None, "write the log to this project of Weights & Biases, too (pip install wandb)")
     save_every: int = opt(500, "steps between checkpoints; one also comes at least every 10 minutes", least=1)
     keep_every: int = opt(0, "epochs between checkpoints that are kept for good; 0: none is", least=0)
     max_unreadable: float = opt(0.05, "share of unreadable images above which the run stops", least=0)
@@ -92,8 +94,10 @@ class TrainingOptions(NetworkOptions):
 
 @dataclass
 class ProbeOptions:
-    """The option of those that train without labels."""
+    """The options of those that train without labels."""
     probe_every: int = opt(0, "epochs between k-NN and linear probes, for data with labels and val/; 0: none", least=0)
+    probe_data: str | None = opt(None, "another set for the probes, with labels and val/ (default: --data)",
+                                 needs="probe_every")
 
 
 def flag(name):

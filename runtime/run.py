@@ -232,8 +232,10 @@ class Run:
         self.warmup = round(cfg.warmup_epochs * self.per_epoch)
         self.peak = cfg.blr * cfg.batch_size / 256 if cfg.lr is None else cfg.lr
         self.probing = self.probe_every or self.probe_every == 0 and cfg.demo and cfg.data == "shapes"
-        if self.probing and not same_classes(train, val):
-            fail("--probe-every needs the same classes in train/ and in val/")
+        probe_data = getattr(cfg, "probe_data", None)
+        self.probe_sets = train_and_val(probe_data, download=cfg.download) if probe_data else (train, val)
+        if self.probing and not same_classes(*self.probe_sets):
+            fail("--probe-every needs the same classes in train/ and in val/: --probe-data names a set that has them")
         with value_errors_exit():
             self.size, (self.mean, self.std) = pair(cfg.img_size), statistics(cfg.in_chans, cfg.mean, cfg.std)
         self.folder = RunFolder(cfg, self.method, self.rank, self.world, len(train),
@@ -332,6 +334,7 @@ class Run:
         self.stop_check.patience = None
         if unchanged:
             self.save(must=True)
+        self.log.close()
         if isinstance(reason, WorkersDied):
             raise reason
         print_rank0(f"stopped by a signal after step {self.done}: the same command goes on from "
@@ -384,8 +387,8 @@ class Run:
     def probe(self):
         """k-NN and linear accuracy of the frozen features, in the log and on the screen."""
         with self.interruptible():
-            found = probe(self.features, self.train, self.val, self.size, len(self.mean), self.mean, self.std,
-                          self.device, self.cfg.workers)
+            found = probe(self.features, *self.probe_sets, self.size, len(self.mean), self.mean, self.std, self.device,
+                          self.cfg.workers)
         if self.rank == 0:
             self.log.note(step=self.done, **found)
             print_rank0(f"frozen features after step {self.done}: k-NN {found['knn']:.1f}%, linear "
@@ -396,12 +399,14 @@ class Run:
             self.probe()
         if self.rank == 0 and self.total > 1:
             draw_curve(self.cfg.out)
+        self.log.close()
         if self.rank == 0:
             print(f"done: {self.cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl{also}")
 
     def leave(self, reason):
         """Say why the run ends early, and end it. Only a signal is not a failure."""
         check, step = self.stop_check, self.done
+        self.log.close()
         if dist.is_initialized():                               # a process that fails is the end of those still saving
             dist.barrier()
         if reason == "signal":

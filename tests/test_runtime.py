@@ -720,6 +720,75 @@ def test_curve_survives_restarts(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Writers of other packages
+
+
+def events(folder, name):
+    """step -> value of a series in TensorBoard's files, with what later starts took back left out, as it shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    found = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
+    return {event.step: event.value for event in found.Scalars(name)}
+
+
+def test_tensorboard_has_what_the_log_has(classes, tmp_path):
+    pytest.importorskip("tensorboard")
+    with pytest.raises(SystemExit):
+        Training(tmp_path, classes, epochs=3, tensorboard=True, at={4: stop_signal})()
+    for step in (5, 6):                                         # logged by a start that was killed before it could save
+        Training(tmp_path, classes, epochs=3, tensorboard=True).run.log.note(step=step, **dict.fromkeys(("loss", "lr", "chance", "grad_norm"), 9.0))
+    Training(tmp_path, classes, epochs=3, tensorboard=True)()
+    for name in ("loss", "lr", "chance", "grad_norm"):
+        assert events(tmp_path, name) == pytest.approx(logged(tmp_path, name)), name
+    assert len(events(tmp_path, "loss")) == 15
+
+
+class FakeWandb:
+    """The three calls that are made of wandb, which has to be logged in to."""
+    def __init__(self):
+        self.starts, self.rows, self.finished, self.broken = [], [], 0, False
+
+    def init(self, **options):
+        self.starts.append(options)
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, row):
+        if self.broken:
+            raise ConnectionError("no route to host\n...")
+        self.rows.append(row)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases(classes, tmp_path, monkeypatch, capsys):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "wandb")
+    with pytest.raises(SystemExit):
+        Training(tmp_path, classes, epochs=3, wandb="small", at={4: stop_signal})()
+    Training(tmp_path, classes, epochs=3, wandb="small")()
+    first, second = fake.starts
+    assert first["project"] == "small" and first["id"] == second["id"] and first["resume"] == "allow"
+    assert first["config"]["batch_size"] == 8 and fake.finished == 2
+    assert {row["step"]: row["loss"] for row in fake.rows} == logged(tmp_path)
+    fake.broken = True
+    capsys.readouterr()
+    Training(tmp_path / "b", classes, epochs=3, wandb="small")()
+    assert capsys.readouterr().out.count("--wandb is given up (no route to host ...); log.jsonl goes on") == 1
+    assert len(logged(tmp_path / "b")) == 15
+
+
+@pytest.mark.parametrize("option", [dict(wandb="x"), dict(tensorboard=True)])
+def test_a_writer_that_is_not_installed(classes, tmp_path, monkeypatch, option):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="needs a package that is not installed: pip install"):
+        Training(tmp_path, classes, **option)
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # A whole run
 
 
@@ -792,6 +861,19 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(classes, tmp_path, capsys):
     assert encoder["method"] == "toy" and encoder["config"]["mean"] == part.run.mean
     assert torch.equal(encoder["model"]["net.weight"], part.model.net.weight)
     assert [row["start"] for row in rows_in(tmp_path / "part") if "config" in row] == [0, 4, 9]
+
+
+def test_probes_of_another_set(classes, tmp_path, monkeypatch):
+    """A set without labels is trained on, and probed on one that has some."""
+    write_images(tmp_path / "flat", 16)
+    with pytest.raises(SystemExit, match="needs the same classes .*--probe-data names a set that has them"):
+        Training(tmp_path / "a", tmp_path / "flat", probe_every=1)
+    seen = []
+    monkeypatch.setattr(runtime.run, "probe", lambda features, train, val, *args: (
+        seen.append((len(train), len(val), train.classes)), dict(knn=1.0, linear=2.0))[1])
+    run = Training(tmp_path / "b", tmp_path / "flat", probe_every=2, epochs=3, probe_data=str(classes))().run
+    assert seen == [(40, 8, ["a", "b"])] * 3 and run.train.classes is None
+    assert [row["step"] for row in rows_in(tmp_path / "b") if "knn" in row] == [0, 4, 6]
 
 
 def test_init_is_for_new_runs(classes, tmp_path):
