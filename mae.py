@@ -226,7 +226,8 @@ def draw(model, source, mean, std, path, count=8):
     for title, x in columns.items():                            # patches back to images
         x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
         columns[title] = denormalize(x, mean, std).cpu()
-    save_sheet(columns, "hidden patches are drawn with their true mean and deviation" if model.norm_pix else "", path)
+    note = "hidden patches are drawn with their true mean and deviation" if model.norm_pix else ""
+    return save_sheet(columns, note, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -359,7 +359,10 @@ def main(argv=None):
         fail(f"{cfg.data} has no images to evaluate on: val/ was looked for, or test/, or a tar of that name")
     if cfg.protocol == "features":
         print_rank0(describe(source))
-        return export(run, encoder, source)
+        try:
+            return export(run, encoder, source)
+        except OSError as error:
+            fail(f"the features could not be written in {cfg.out}: {error}")
     if not same_classes(train, val):
         for source in (train, val):
             if not source.classes:

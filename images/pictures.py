@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 
 
 def save_sheet(columns, note, path):
-    """Save a PNG with a row for each image and a column for each version of it, titles above and a note below. It warns
-    where it cannot write. columns: title -> uint8 (B, C, h, w), of which at most 3 channels are shown."""
+    """Save a PNG with a row for each image and a column for each version of it, titles above and a note below ->
+    whether that was possible; if not, it warns. columns: title -> uint8 (B, C, h, w), at most 3 channels are shown."""
     parts = []
     for img in columns.values():
         img = img[:, :3].cpu() if img.shape[1] > 2 else img[:, :1].cpu().expand(-1, 3, -1, -1)
@@ -26,8 +26,10 @@ def save_sheet(columns, note, path):
     try:
         page.save(path + ".tmp", "PNG")
         os.replace(path + ".tmp", path)
+        return True
     except OSError as error:
         print(f"warning: {path} could not be drawn: {error}", flush=True)
+        return False
 
 
 def draw_curve(folder):

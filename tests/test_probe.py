@@ -115,10 +115,11 @@ class Pictures:
     where, skipped = "the recording", Counter()
 
     def __init__(self, count, classes):
-        self.count, self.classes, self.labels = count, [str(k) for k in range(classes)], np.arange(count) % classes
+        self.images, self.classes = np.arange(count), [str(k) for k in range(classes)]
+        self.labels = self.images % classes
 
     def __len__(self):
-        return self.count
+        return len(self.images)
 
     def name(self, i):
         return f"{i}.png"

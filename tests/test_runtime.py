@@ -735,7 +735,8 @@ def test_tensorboard_has_what_the_log_has(classes, tmp_path):
     with pytest.raises(SystemExit):
         Training(tmp_path, classes, epochs=3, tensorboard=True, at={4: stop_signal})()
     for step in (5, 6):                                         # logged by a start that was killed before it could save
-        Training(tmp_path, classes, epochs=3, tensorboard=True).run.log.note(step=step, **dict.fromkeys(("loss", "lr", "chance", "grad_norm"), 9.0))
+        lost = dict(loss=9.0, lr=9.0, chance=9.0, grad_norm=9.0)
+        Training(tmp_path, classes, epochs=3, tensorboard=True).run.log.note(step=step, **lost)
     Training(tmp_path, classes, epochs=3, tensorboard=True)()
     for name in ("loss", "lr", "chance", "grad_norm"):
         assert events(tmp_path, name) == pytest.approx(logged(tmp_path, name)), name

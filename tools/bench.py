@@ -46,7 +46,7 @@ from mae import MAE, RECIPES
 from moco_v3 import MoCo, two_views
 from nets.heads import accuracies, knn_counts, sweep
 from runtime.options import fail
-from runtime.run import DTYPES, decay_groups, finite_step, setup
+from runtime.run import DTYPES, decay_groups, finite_step, launch, setup
 from tools import pack
 from tools.analyze import cka_of, gram, hsic, tokens_of
 from vit import MODELS, SWINS, Swin, ViT
@@ -547,4 +547,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -5,6 +5,8 @@ import ast
 import sys
 from pathlib import Path
 
+from runtime.run import launch
+
 ROOT = Path(__file__).parents[1]
 HERE = "sys.modules[__name__]"                                  # what a module of ours is in the flat file
 
@@ -101,4 +103,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    launch(lambda: main(sys.argv[1:]))

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import sys
 import tarfile
 import time
@@ -23,6 +24,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from data import cores, decode, load, open_image, to_channels
 from images.datasets import describe, open_dataset
+from runtime.run import launch
 
 NOTE_EVERY = 5                                                  # seconds between notes of how far a pack is good
 
@@ -150,9 +152,17 @@ def pack(a):
     print(f"train on it with --data {a.dest}")
 
 
+def stop(number, frame):
+    signal.signal(number, signal.SIG_DFL)                       # a second one ends the process at once
+    raise KeyboardInterrupt
+
+
 def write_part(dest, entries, settings, workers):
     """Write DEST.part, or go on with it, then give it its name -> names of the images that were left out."""
     part, note = dest + ".part", dest + ".part.json"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:          # as nohup leaves SIGHUP
+            signal.signal(number, stop)
     try:
         with open(part, "a+b") as f:
             try:                                                # lockf, not flock, which worker processes inherit
@@ -167,7 +177,7 @@ def write_part(dest, entries, settings, workers):
     except OSError as error:
         raise SystemExit(f"{part} cannot be written ({error}): mend that, and the same command goes on") from None
     except KeyboardInterrupt:
-        raise SystemExit(f"\nstopped: the same command goes on from {part}") from None
+        raise SystemExit(f"stopped: the same command goes on from {part}") from None
     os.replace(part, dest)
     os.remove(note)
     return state["left_out"]
@@ -242,4 +252,4 @@ def command_line(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    launch(lambda: sys.exit(command_line()))

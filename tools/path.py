@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.run import Run
+from runtime.run import Run, launch
 
 ROOT = Path(__file__).parents[1]
 # A network that a CPU is done with in a moment, for any folder of eight images; the user's own options come after it.
@@ -79,4 +79,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    launch(lambda: main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from images.augment import statistics
 from images.datasets import open_dataset
 from mae import MAE, draw
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
+from runtime.run import launch
 from weights import load_into, read, vit_options
 
 DECODER_HEADS = {96: 3, 192: 6, 512: 16}                        # of published decoders, by their width
@@ -62,6 +63,7 @@ def load_mae(path, cfg):
     return model.eval(), stored
 
 
+@torch.inference_mode()
 def main(argv):
     if "--visualize" in argv:                                   # the old spelling, mae.py --visualize FILE
         place = argv.index("--visualize")
@@ -79,12 +81,15 @@ def main(argv):
     if source is None:
         fail(f"{path} does not say what it was trained on: give --images FOLDER")
     images = open_dataset(source, "val")
-    os.makedirs(cfg.out, exist_ok=True)
     target = os.path.join(cfg.out, "recon.png")
-    draw(model, open_dataset(source) if images is None else images, mean, std, target, cfg.count)
+    try:
+        os.makedirs(cfg.out, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {cfg.out} cannot be written: {error}")
+    if not draw(model, open_dataset(source) if images is None else images, mean, std, target, cfg.count):
+        raise SystemExit(1)                                     # the reason has been printed
     print(f"drew {target}")
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main(sys.argv[1:])
+    launch(lambda: main(sys.argv[1:]))
