@@ -227,11 +227,17 @@ class WorkersDied(SystemExit):
 
 
 def load(dataset, keys, workers, pin=False):
-    """Yield the batches of a dataset for lists of keys. workers: processes (0: this one; None: one per core, at most
-    16). Batches follow from their keys, so where a worker dies new ones make what is missing; after three deaths in a
-    row WorkersDied is raised."""
+    """An iterator over the batches of a dataset for lists of keys. workers: processes that decode (0: this one; None:
+    one per core, at most 16). Raises WorkersDied if they are killed again and again."""
     workers = min(16, cores()) if workers is None else workers
-    keys, missing, deaths, broken = iter(keys), collections.deque(), 0, []
+    if workers:
+        return load_in_workers(dataset, iter(keys), workers, pin)
+    return (dataset.__getitems__(key) for key in keys)
+
+
+def load_in_workers(dataset, keys, workers, pin):
+    """Batches follow from their keys, so where a worker dies new ones make what is missing."""
+    missing, deaths, broken = collections.deque(), 0, []
     while deaths < 3:
         others = multiprocessing.active_children()
         batches = start_workers(dataset, remembered(keys, missing), workers, pin)

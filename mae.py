@@ -244,6 +244,14 @@ def with_distillation(cfg):
     return cfg
 
 
+def add_teacher(cfg, model, run):
+    """The model with --distill-teacher beside it, and that teacher."""
+    decoupled = cfg.distill == "decoupled"                      # D2-MAE: its upper blocks learn from the teacher alone
+    teacher = Teacher(cfg.distill_teacher, cfg.teacher_heads, cfg.distill, cfg.distill_layers, model.config,
+                      model.depth + decoupled, run)
+    return DistilledMAE(model, teacher, cfg.distill_weight, decoupled), teacher
+
+
 def main(argv=None):
     cfg = parse(Config, "mae", __doc__, RECIPES, DEMO, argv)
     if cfg.distill_teacher:
@@ -257,10 +265,7 @@ def main(argv=None):
         load_into(model, read(run.init), print_rank0)
     trained, teacher = model, None
     if cfg.distill_teacher:                                     # D-MAE: the student attends as a teacher does, too
-        decoupled = cfg.distill == "decoupled"                  # D2-MAE: its upper blocks learn from the teacher alone
-        teacher = Teacher(cfg.distill_teacher, cfg.teacher_heads, cfg.distill, cfg.distill_layers, model.config,
-                          model.depth + decoupled, run)
-        trained = DistilledMAE(model, teacher, cfg.distill_weight, decoupled)
+        trained, teacher = add_teacher(cfg, model, run)
     trained = trained.to(run.device)
     optimizer = torch.optim.AdamW(decay_groups(trained, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
     net = run.start(trained, optimizer, model.encoder_checkpoint(), model.features, teacher=teacher)

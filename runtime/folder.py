@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.options import fail
+from runtime.writers import Writers
 from weights import digest, file_and_key
 
 # The numbers of a run do not depend on these options (on accum only through what is drawn; a teacher's file is compared
@@ -35,12 +36,17 @@ def write_atomic(state, path, previous=None):
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:                    # torch's zip writer makes a full disk a RuntimeError
-        with suppress(OSError):
-            os.remove(f"{path}.tmp")
-        raise OSError(str(error).splitlines()[0]) from error
+        raise without_half(path, error) from error
     if previous and os.path.exists(path):
         os.replace(path, previous)
     os.replace(f"{path}.tmp", path)
+
+
+def without_half(path, error):
+    """Remove what is half written -> an OSError that says why it is."""
+    with suppress(OSError):
+        os.remove(f"{path}.tmp")
+    return OSError(str(error).splitlines()[0])
 
 
 def read_checkpoint(path):
@@ -107,12 +113,12 @@ class RunFolder:
     def __init__(self, cfg, method, rank, world, images, names=None):
         self.cfg, self.method, self.rank, self.world, self.images, self.names = cfg, method, rank, world, images, names
         self.last, self.previous = os.path.join(cfg.out, "last.pt"), os.path.join(cfg.out, "previous.pt")
-        self.damaged, self.saved, self.parts, problem = False, None, {}, None
+        self.damaged, self.saved, self.parts, self.lock_file, problem = False, None, {}, None, None
         try:
             self.lock()
             self.saved = self.find_checkpoint()
-        except SystemExit as stop:
-            problem = stop.code
+        except (SystemExit, OSError) as error:
+            problem = error.code if isinstance(error, SystemExit) else self.go_on_unlocked(error)
         if world > 1:
             problem = self.agree(problem)
         if problem:
@@ -128,18 +134,22 @@ class RunFolder:
         return problem
 
     def lock(self):
+        os.makedirs(self.cfg.out, exist_ok=True)
+        self.lock_file = open(os.path.join(self.cfg.out, ".lock"), "a")
+        if self.rank == 0:                                      # lockf, not flock, which decoding processes inherit
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def go_on_unlocked(self, error):
+        """What speaks against going on without the lock, in words; or a warning, where there are no locks at all."""
+        if not self.lock_file:
+            return f"--out {self.cfg.out} cannot be written: {error}"
+        if isinstance(error, (BlockingIOError, PermissionError)):
+            return f"another run is writing to {self.cfg.out}: stop it, or give another --out"
+        print(f"warning: {self.cfg.out} cannot be locked ({error}): see that only one run writes there")
         try:
-            os.makedirs(self.cfg.out, exist_ok=True)
-            self.lock_file = open(os.path.join(self.cfg.out, ".lock"), "a")
-        except OSError as error:
-            raise SystemExit(f"--out {self.cfg.out} cannot be written: {error}") from None
-        try:
-            if self.rank == 0:                                  # lockf, not flock, which decoding processes inherit
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise SystemExit(f"another run is writing to {self.cfg.out}: stop it, or give another --out") from None
-        except OSError as error:
-            print(f"warning: {self.cfg.out} cannot be locked ({error}): see that only one run writes there")
+            self.saved = self.find_checkpoint()
+        except SystemExit as stop:
+            return stop.code
 
     def find_checkpoint(self):
         """The checkpoint to go on from, or None in an empty folder."""
@@ -260,7 +270,6 @@ class Log:
         self.start, self.last, self.total, self.per_epoch, self.batch = start, start, total, per_epoch, cfg.batch_size
         self.waited, self.since, self.hinted, self.writers = 0.0, None, False, None
         if cfg.tensorboard or cfg.wandb:
-            from runtime.writers import Writers  # here, because it imports packages that are optional
             self.writers = Writers(cfg, rank, start)
         if rank == 0:
             self.note(config=asdict(cfg), commit=git_commit(), torch=str(torch.__version__), start=start, steps=total,
@@ -278,10 +287,6 @@ class Log:
             print(f"warning: a row of {self.path} is lost: {error}")
         if self.writers:
             self.writers.write(row)
-
-    def close(self):
-        if self.writers:
-            self.writers.close()
 
     def timed(self, batches):
         """Yield the same batches and count the time spent waiting for them, except for the first: workers start."""

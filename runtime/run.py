@@ -26,6 +26,7 @@ from images.pictures import draw_curve
 from runtime.folder import RESUME_MAY_CHANGE, Log, RunFolder
 from runtime.options import fail, value_errors_exit
 from runtime.probes import probe
+from runtime.writers import OPEN_WRITERS
 from vit import pair
 
 PATIENCE = 20                                                   # seconds; torchrun kills its processes after 30
@@ -80,12 +81,10 @@ class Screen(io.FileIO):
 def protect_screens():
     """Replace standard output and error by Screens. A name that they have no letters for is printed with escapes."""
     for name, fd in (("stdout", 1), ("stderr", 2)):
-        try:
-            os.fstat(fd)
-        except OSError:                                         # closed: the next file opened would take its place
+        encoding = getattr(getattr(sys, name), "encoding", None)
+        if encoding is None:                                    # it is closed: the next file would take its place
             os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         screen = io.BufferedWriter(Screen(fd, "w", closefd=False))
-        encoding = getattr(getattr(sys, name), "encoding", None)
         setattr(sys, name, io.TextIOWrapper(screen, encoding, errors="backslashreplace", line_buffering=True))
 
 
@@ -96,19 +95,25 @@ def launch(main):
         signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C just ends it until there is something to save
     try:
         main()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)     # if all say it, rank 0 ends the others first
-            print(stop.code, file=sys.stderr)
-        leave(int(bool(stop.code)))
-    except Exception:                                           # a mistake of ours, on one process or on all
-        traceback.print_exc()
-        leave(1)
+    except (SystemExit, Exception) as error:                    # to let its frames go would be to wait for workers
+        leave(code_of(error))
     leave(0)
 
 
+def code_of(error):
+    """Print why main ended -> the exit code of the process."""
+    if not isinstance(error, SystemExit):                       # a mistake of ours, on one process or on all
+        traceback.print_exception(error)
+        return 1
+    if isinstance(error.code, str):
+        time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)         # if all say it, rank 0 ends the others first
+        print(error.code, file=sys.stderr)
+    return int(bool(error.code))
+
+
 def leave(code):
-    """End the process here: to let the frames of an error go first would be to wait for decoding processes."""
+    for writers in OPEN_WRITERS:
+        writers.close()
     if dist.is_initialized() and not code:                      # after a failure the others still sit in a collective
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -207,6 +212,8 @@ class Run:
                times. images: of a step, over all processes (default: the batch). After the loop's body a step is saved
                and probed if that is due, and the run ends if it has to
     backward   adds a pass's gradients; the loss and its named parts are averaged over passes, for the log over ranks
+    interruptible    within it, a signal that is `patience` seconds old ends the run though no step ends. unchanged:
+               nothing has changed since the last step, so the state is saved; else the last checkpoint has to do
     update     makes one optimizer step, unless the gradient is not finite, and a row of the log if it is due: losses,
                values, and metrics, a function of no arguments -> dict, called only then and averaged over ranks
     """
@@ -222,27 +229,34 @@ class Run:
         parts = self.world * cfg.accum * self.repeat
         if len(train) < cfg.batch_size:
             self.cfg = cfg = self.smaller_batch(len(train), parts, shrink_batch)
-        if cfg.batch_size % parts:
-            fail(f"--batch-size {cfg.batch_size} does not divide among {self.world} processes x {cfg.accum} passes x "
-                 f"{self.repeat} crops of an image")
-        if not cfg.epochs > cfg.warmup_epochs:
-            fail(f"--epochs {cfg.epochs:g} must be more than --warmup-epochs {cfg.warmup_epochs:g}")
+        if cfg.batch_size % parts or not cfg.epochs > cfg.warmup_epochs:
+            self.refuse(parts)
         self.per_epoch = len(train) // cfg.batch_size           # whole batches: an epoch's rest is left out
         self.total = max(1, round(cfg.epochs * self.per_epoch))
         self.warmup = round(cfg.warmup_epochs * self.per_epoch)
         self.peak = cfg.blr * cfg.batch_size / 256 if cfg.lr is None else cfg.lr
         self.probing = self.probe_every or self.probe_every == 0 and cfg.demo and cfg.data == "shapes"
-        probe_data = getattr(cfg, "probe_data", None)
-        self.probe_sets = train_and_val(probe_data, download=cfg.download) if probe_data else (train, val)
-        if self.probing and not same_classes(*self.probe_sets):
-            fail("--probe-every needs the same classes in train/ and in val/: --probe-data names a set that has them")
+        if self.probing:
+            self.probe_sets = self.open_probe_sets(cfg.probe_data)
         with value_errors_exit():
             self.size, (self.mean, self.std) = pair(cfg.img_size), statistics(cfg.in_chans, cfg.mean, cfg.std)
-        self.folder = RunFolder(cfg, self.method, self.rank, self.world, len(train),
-                                digest_of_names(train))
+        self.folder = RunFolder(cfg, self.method, self.rank, self.world, len(train), digest_of_names(train))
         self.init = None if self.folder.saved else cfg.init
         torch.manual_seed(cfg.seed)                             # from here on all ranks build the same weights
         return train, val
+
+    def refuse(self, parts):
+        if self.cfg.batch_size % parts:
+            fail(f"--batch-size {self.cfg.batch_size} does not divide among {self.world} processes x {self.cfg.accum} "
+                 f"passes x {self.repeat} crops of an image")
+        fail(f"--epochs {self.cfg.epochs:g} must be more than --warmup-epochs {self.cfg.warmup_epochs:g}")
+
+    def open_probe_sets(self, probe_data=None):
+        """The labelled sets to probe on: those of --probe-data, else of --data."""
+        sets = train_and_val(probe_data, download=self.cfg.download) if probe_data else (self.train, self.val)
+        if not same_classes(*sets):
+            fail("--probe-every needs the same classes in train/ and in val/: --probe-data names a set that has them")
+        return sets
 
     def smaller_batch(self, images, parts, allowed):
         """The config with the largest batch that a small set fills, if that is allowed and there is one."""
@@ -321,8 +335,6 @@ class Run:
 
     @contextmanager
     def interruptible(self, patience=1, unchanged=True):
-        """A signal that is `patience` seconds old ends the run in here, though no step ends. unchanged: nothing has
-        changed since the last step, so the state can be saved; else the last checkpoint has to do."""
         self.stop_check.patience = patience
         try:
             yield
@@ -334,7 +346,6 @@ class Run:
         self.stop_check.patience = None
         if unchanged:
             self.save(must=True)
-        self.log.close()
         if isinstance(reason, WorkersDied):
             raise reason
         print_rank0(f"stopped by a signal after step {self.done}: the same command goes on from "
@@ -399,14 +410,12 @@ class Run:
             self.probe()
         if self.rank == 0 and self.total > 1:
             draw_curve(self.cfg.out)
-        self.log.close()
         if self.rank == 0:
             print(f"done: {self.cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl{also}")
 
     def leave(self, reason):
         """Say why the run ends early, and end it. Only a signal is not a failure."""
         check, step = self.stop_check, self.done
-        self.log.close()
         if dist.is_initialized():                               # a process that fails is the end of those still saving
             dist.barrier()
         if reason == "signal":

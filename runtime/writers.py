@@ -47,6 +47,7 @@ class WeightsAndBiases:
 
 
 WRITERS = dict(tensorboard=TensorBoard, wandb=WeightsAndBiases)             # by the option and by its package
+OPEN_WRITERS = []                                                           # to be closed when the process leaves
 
 
 class Writers:
@@ -55,6 +56,7 @@ class Writers:
 
     def __init__(self, cfg, rank, start):
         self.writers = {}
+        OPEN_WRITERS.append(self)
         for name, kind in WRITERS.items():
             if not getattr(cfg, name):
                 continue

@@ -21,6 +21,7 @@ from torch import nn
 
 import runtime.folder
 import runtime.run
+import runtime.writers
 from images.pictures import draw_curve
 from runtime.folder import Log, RunFolder
 from runtime.run import Run, StopCheck, finite_step, print_rank0, warmup_cosine
@@ -49,10 +50,12 @@ def test_a_screen_that_is_gone_costs_the_line_only(tmp_path):
             os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
         def full_disk_for_errors():
             os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
-        def closed():
+        def closed():                                           # as Python finds it: it has no stream then
             os.close(1)
+            sys.stdout = None
         def all_closed():
             os.closerange(0, 3)
+            sys.stdout = sys.stderr = None
         def none():
             sys.stdout = sys.stderr = None
         def trial(before=lambda: None, during=lambda: None):
@@ -767,13 +770,18 @@ class FakeWandb:
 def test_weights_and_biases(classes, tmp_path, monkeypatch, capsys):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(runtime.writers, "OPEN_WRITERS", [])
+    monkeypatch.setattr(runtime.run, "OPEN_WRITERS", runtime.writers.OPEN_WRITERS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "wandb")
     with pytest.raises(SystemExit):
         Training(tmp_path, classes, epochs=3, wandb="small", at={4: stop_signal})()
     Training(tmp_path, classes, epochs=3, wandb="small")()
     first, second = fake.starts
     assert first["project"] == "small" and first["id"] == second["id"] and first["resume"] == "allow"
-    assert first["config"]["batch_size"] == 8 and fake.finished == 2
+    assert first["config"]["batch_size"] == 8 and not fake.finished
+    for writers in runtime.run.OPEN_WRITERS:                    # as a process does that leaves
+        writers.close()
+    assert fake.finished == 2
     assert {row["step"]: row["loss"] for row in fake.rows} == logged(tmp_path)
     fake.broken = True
     capsys.readouterr()

@@ -39,6 +39,12 @@ class Worked(Dataset):
         return self.work(self.source, i, *self.options)
 
 
+class Entries(ConcatDataset):
+    """The images of all parts of a set, one after the other."""
+    def __getitems__(self, numbers):
+        return [self[i] for i in numbers]
+
+
 def with_progress(entries, workers, start=0):
     """Yield the items of a dataset from `start` on, in order, made by all cores; print a line now and then."""
     batches = [range(i, min(i + 16, len(entries))) for i in range(start, len(entries), 16)]
@@ -75,7 +81,7 @@ def inspect(a):
     bad = []
     for split, source in splits_of(a).items():
         print(f"{split}: {describe(source)}")
-        rows = list(with_progress(Worked(look_at, source), a.workers))
+        rows = list(with_progress(Entries([Worked(look_at, source)]), a.workers))
         bad += [row for row in rows if isinstance(row, str)]
         good = [row for row in rows if not isinstance(row, str)]
         if good:
@@ -133,7 +139,7 @@ def pack(a):
     sources = splits_of(a)
     parted = len(sources) > 1 or sources["train"].classes is not None
     parts = [(source, f"{split}/" if parted else "") for split, source in sources.items()]
-    entries = ConcatDataset([Worked(smaller, source, folder, a.short_side, a.quality) for source, folder in parts])
+    entries = Entries([Worked(smaller, source, folder, a.short_side, a.quality) for source, folder in parts])
     names = [packed_name(source, i, folder) for source, folder in parts for i in range(len(source))]
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
