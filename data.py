@@ -10,7 +10,6 @@ import io
 import os
 import signal
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -20,36 +19,36 @@ try:                                                            # optional: the 
     from torchcodec.decoders import decode_jpeg
 except (ImportError, OSError, RuntimeError):                    # not installed, or built for another torch
     decode_jpeg = None
+JPEG = b"\xff\xd8\xff"                                          # how its files begin
 
 
-def decoder():
-    """The name and version of the package that decodes JPEGs here."""
-    return f"torchcodec {version('torchcodec')}" if decode_jpeg else f"Pillow {Image.__version__}"
-
-
-def decode(data, channels=3):
+def decode(data, channels=3, value_range=None):
     """Decode the bytes of an image file, or a PIL image -> uint8 (C, h, w), upright, each pixel's values together.
     Damaged files raise errors of nearly any class. The decoders agree, but grey from a colour JPEG may differ by 3."""
-    if decode_jpeg and channels in (1, 3) and isinstance(data, bytes) and data.startswith(b"\xff\xd8\xff"):
+    if decode_jpeg and channels in (1, 3) and not value_range and isinstance(data, bytes) and data.startswith(JPEG):
+        if len(data) > 2 ** 18:
+            Image.open(io.BytesIO(data))                        # raises if it has too many pixels, as for Pillow
         return decode_jpeg(data, mode="GRAY" if channels == 1 else "RGB")
-    pixels = np.array(to_channels(open_image(data), channels))                                  # (h, w) or (h, w, C)
+    pixels = np.array(to_channels(open_image(data, value_range), channels))                     # (h, w) or (h, w, C)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
-def open_image(data):
-    """Open bytes, or take a PIL image -> a loaded PIL image, upright, with 8 bits per value."""
-    img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-    img.load()
-    img = ImageOps.exif_transpose(img)
-    if img.mode == "F":
-        raise ValueError("its pixels are 32-bit floats of unknown range: save it with 8 or 16 bits")
-    if img.mode.startswith("I;16") or (img.mode == "I" and img.getextrema()[1] > 255):          # Pillow would clip
-        img = Image.fromarray((np.asarray(img, dtype=np.int32).clip(0, 65535) // 257).astype(np.uint8))
-    return img
+def open_image(data, value_range=None):
+    """Open bytes, or take a PIL image -> a PIL image, upright, of 8 bits; or an array (h, w, N) of bands that are no
+    colours. value_range: the values that become 0 and 255, if not the range of the file: see images/deep.py."""
+    if isinstance(data, bytes) and data.startswith(JPEG) and not value_range:
+        img = Image.open(io.BytesIO(data))
+    else:
+        from images.deep import read
+        img = read(data, value_range)
+    return img if isinstance(img, np.ndarray) else ImageOps.exif_transpose(img)
 
 
 def to_channels(img, channels):
-    """Convert a PIL image to 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
+    """Convert a PIL image to 1 (grey), 3 (RGB) or 4 (RGBA) channels. Bands, and other channels, must be that many."""
+    if isinstance(img, np.ndarray) or channels not in (1, 3, 4):
+        from images.deep import to_bands
+        return to_bands(img, channels)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     if img.mode == "P" and "transparency" in img.info:          # else the transparent entry would become a colour
         img = img.convert("RGBA")
@@ -98,7 +97,7 @@ def crop_box(width, height, scale, ratio, u):
 
 class RandomCrops(torch.utils.data.Dataset):
     """Random resized crops. A list of keys (epoch, index) gives one batch: crops, uint8 (B, C, h, w); labels (B,), -1
-    where there are none; and the names of images that could not be read. B = repeat * len(keys).
+    where there are none; and (name, reason) of images that could not be read. B = repeat * len(keys).
     interpolation: "bicubic", "bilinear" or "random" (one of the two for each crop, timm's default).
     repeat: crops of each decoded image, next to each other in the batch (https://arxiv.org/abs/1901.09335)."""
     draws = 23                                                  # random numbers for one crop
@@ -106,6 +105,7 @@ class RandomCrops(torch.utils.data.Dataset):
     def __init__(self, source, size, channels, seed, scale, interpolation, repeat=1):
         self.source, self.size, self.channels, self.seed = source, tuple(size), channels, seed
         self.scale, self.interpolation, self.repeat = scale, interpolation, repeat
+        self.value_range = getattr(source, "value_range", None)
 
     def plan(self, width, height, u):
         """Choose the box (left, top, width, height) and the interpolation of one crop."""
@@ -120,15 +120,16 @@ class RandomCrops(torch.utils.data.Dataset):
         return resize(img[:, top:top + h, left:left + w], self.size, how)
 
     def readable(self, index):
-        """Decode one -> image, index, None; if it is damaged, the next readable image, its index, the damaged name."""
+        """Decode one -> image, index, None; else the next readable image, its index, and (name, reason) of this one."""
+        problem = None
         for other in range(index, index + 100):
             other %= len(self.source)
             try:
-                img = decode(self.source.read(other), self.channels)
-            except Exception:                                   # damaged files raise almost anything
-                continue
-            return img, other, None if other == index else self.source.name(index)
-        return torch.zeros(self.channels, *self.size, dtype=torch.uint8), index, self.source.name(index)
+                return decode(self.source.read(other), self.channels, self.value_range), other, problem
+            except Exception as error:                          # damaged files raise almost anything
+                from images.deep import reason
+                problem = problem or (self.source.name(index), reason(error))
+        return torch.zeros(self.channels, *self.size, dtype=torch.uint8), index, problem
 
     def __getitems__(self, keys):
         count = self.draws * self.repeat
@@ -136,14 +137,14 @@ class RandomCrops(torch.utils.data.Dataset):
         crops = shared(len(keys) * self.repeat, *self.size, self.channels)                      # (B, h, w, C)
         labels, failed = [], []
         for k, (epoch, index) in enumerate(keys):
-            img, used, name = self.readable(index)
+            img, used, problem = self.readable(index)
             u = table[k] if used == index else uniforms(self.seed, [(epoch, used)], count)[0].tolist()
             for r in range(self.repeat):
                 crop = self.crop(img, u[r * self.draws:(r + 1) * self.draws])                   # (C, h, w)
                 crops[k * self.repeat + r] = crop.permute(1, 2, 0)
                 labels.append(-1 if self.source.labels is None else int(self.source.labels[used]))
-            if name:
-                failed.append(name)
+            if problem:
+                failed.append(problem)
         return crops.permute(0, 3, 1, 2), torch.tensor(labels), failed
 
     def finish(self, batches, device):

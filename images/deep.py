@@ -1,0 +1,186 @@
+"""
+Image files that hold more than a photo of 8 bits: grey and colours of more bits, and bands that are no colours.
+
+Values: the range of a file is what it can hold, 0..65535 with 16 bits, 0..maxval in a PGM. --bits N (0 to 2^N-1) or
+--value-range LO HI says otherwise, but not of 8 bits unless HI is below 256, nor of JPEG 2000. LO becomes 0 and HI 255,
+what lies outside is cut off, NaN becomes LO. Signed integers, floats and 32 bits have no range of their own and are
+refused without these options. What an image happens to hold never changes its scale.
+Bands: grey and colours, with alpha or without, become each other. Of other bands a file has as many as --in-chans says,
+or is refused. The first page of a TIFF is read: pages are not bands.
+"""
+import io
+import re
+
+import numpy as np
+from PIL import Image, ImageOps, TiffImagePlugin
+
+TIFF, JPEG2000 = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+PNM = re.compile(rb"P([2356])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"\s")
+
+
+class Refused(ValueError):
+    """A whole file that these options do not read, with the sentence that says why."""
+
+
+def read(data, value_range=None):
+    """Bytes or a PIL image -> with 8 bits per value: a PIL image of grey or colours, or an array (h, w, N) of bands.
+    A plain image of 8 bits is only opened. Raises Refused; damaged files raise nearly anything."""
+    pixels, most, colours, inverted = read_values(data)
+    plain = isinstance(pixels, Image.Image)
+    if most == 255 and value_range and value_range[1] > 255 or isinstance(data, bytes) and data.startswith(JPEG2000):
+        value_range = None
+    if plain and not value_range:
+        return pixels
+    pixels = upright_array(pixels) if plain else pixels
+    low, high = value_range or (0, most)
+    if high is None:
+        raise Refused(f"its values are {pixels.dtype.name}, of unknown range: give --value-range LO HI, what is black "
+                      "and what is white, or --bits N for 0 to 2^N-1")
+    share = np.nan_to_num((pixels - float(low)) / (high - low)).clip(0, 1)      # float64: exact for 32 bits
+    pixels = ((1 - share if inverted else share) * 255 + 0.5).astype(np.uint8)
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels) if colours else pixels
+
+
+def read_values(data):
+    """-> pixels (h, w, N) of any type, upright; the most that a value can be, from 0, or None; whether they are colours
+    and no bands; whether 0 is white. Instead of the pixels of a plain image of 8 bits, the opened image."""
+    found = None
+    if isinstance(data, bytes):
+        if data.startswith(b"\x93NUMPY"):
+            return read_npy(data)
+        if data.startswith(TIFF):
+            found = read_tiff(data)
+        elif data.startswith(b"\x89PNG") and data[24] == 16 and data[25]:       # 16 bits, and no grey
+            found = read_png(data)
+        elif PNM.match(data):
+            found = read_pnm(data)
+        elif data[4:8] == b"ftyp" and data[8:10] != b"av":
+            from pillow_heif import register_heif_opener
+            register_heif_opener()
+        data = None if found else Image.open(io.BytesIO(data))
+    if found or data.mode[0] not in "IF":
+        return found or (data, 255, True, False)
+    return upright_array(data), 65535 if "I;16" in data.mode else None, True, False
+
+
+def upright_array(img):
+    """A PIL image -> array (h, w, N), upright."""
+    img = ImageOps.exif_transpose(img)
+    img = img if img.mode in ("L", "LA", "RGB", "RGBA") or img.mode[0] in "IF" else img.convert("RGB")
+    return np.atleast_3d(np.asarray(img))
+
+
+def to_bands(img, channels):
+    """A PIL image or an array of bands -> array (h, w, channels); it must have as many."""
+    count = img.shape[2] if isinstance(img, np.ndarray) else len(img.getbands())
+    if count != channels:
+        raise Refused(f"its number of bands is {count}, and --in-chans is {channels}: none is dropped or made up")
+    return np.asarray(img)
+
+
+def read_npy(data):
+    pixels = np.load(io.BytesIO(data), allow_pickle=False)
+    if pixels.ndim not in (2, 3) or pixels.dtype.kind not in "buif":
+        raise Refused(f"its array has shape {pixels.shape} and type {pixels.dtype}: expected were numbers (height, "
+                      "width) or (height, width, bands)")
+    return np.atleast_3d(pixels), dict(bool=1, uint8=255, uint16=65535).get(pixels.dtype.name), False, False
+
+
+def read_png(data):
+    import torch
+    from torchvision.io import decode_png
+
+    turn = Image.open(io.BytesIO(data)).getexif().get(0x0112, 1)                # this also looks at the size
+    pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0)
+    return upright(pixels.numpy(), turn), 65535, True, False
+
+
+def read_pnm(data):
+    head = PNM.match(data)
+    kind, width, height, most = map(int, head.groups())         # 2, 3: numbers as text; 3, 6: colours
+    Image.open(io.BytesIO(data))                                # this looks at the size
+    shape = height, width, 3 if kind in (3, 6) else 1
+    if kind < 4:
+        pixels = np.array(re.sub(rb"#[^\n]*", b"", data[head.end():]).split(), dtype=int)
+    else:
+        pixels = np.frombuffer(data, ">u2" if most > 255 else "u1", int(np.prod(shape)), head.end())
+    return pixels.reshape(shape), most, True, False
+
+
+def tiff_tags(data, at=None):
+    """The tags of a TIFF's first page, or of that at byte `at`; tags.next: where the next page's are, or 0."""
+    tags, file = TiffImagePlugin.ImageFileDirectory_v2(data[:16 if 43 in data[2:4] else 8]), io.BytesIO(data)
+    file.seek(at or tags.next)
+    tags.load(file)
+    return tags
+
+
+def read_tiff(data):
+    tags = tiff_tags(data)
+    samples, layout, planar, size = tags.get(277, 1), tags.get(262, 0), tags.get(284) == 2, tags[256] * tags[257]
+    bits, kind = int(np.max(tags.get(258, 1))), int(np.max(tags.get(339, 1)))   # kind 1: unsigned, 2: signed, 3: float
+    colours = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}.get(layout)      # 0: grey, white is 0; 2: RGB; 5: CMYK
+    photo = colours == samples or colours == samples - 1 and tags.get(338, (0,))[0] in (1, 2)   # or with alpha
+    if photo and kind == 1 and bits <= 8 and not (samples == 2 and planar):
+        return None
+    if photo and kind == 1 and bits in (12, 16) and samples == 1 and layout < 2:
+        return upright_array(Image.open(io.BytesIO(data))), 2 ** bits - 1, True, layout == 0
+    if size > 2 * Image.MAX_IMAGE_PIXELS:                       # Pillow's own limit
+        raise Refused(f"it has {size:,} pixels, at most {2 * Image.MAX_IMAGE_PIXELS:,} are read: cut it into tiles")
+    try:
+        from tifffile import TiffFile
+    except ImportError:
+        raise Refused(f"it has {samples} bands of {bits} bits, read with pip install tifffile imagecodecs") from None
+    pixels = TiffFile(io.BytesIO(data)).pages[0].asarray()
+    pixels = np.moveaxis(pixels, 0, -1) if samples > 1 and planar else pixels
+    pixels = upright(pixels.reshape(*pixels.shape[:2], samples), tags.get(274, 1))
+    return pixels, 2 ** bits - 1 if kind == 1 and bits <= 16 else None, photo and layout < 3, layout == 0
+
+
+def upright(pixels, turn):
+    """Turn pixels (h, w, N) as the tag `turn`, 1 to 8, says."""
+    pixels = pixels.swapaxes(0, 1) if turn > 4 else pixels
+    pixels = pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+    return pixels[::-1] if turn in (3, 4, 7, 8) else pixels
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A look at some images before a run
+
+
+def as_range(bits, value_range):
+    """--bits and --value-range -> (LO, HI), or None without either. Mistakes end in a sentence."""
+    if bits and value_range:
+        raise SystemExit("--bits and --value-range both say which values are black and white: give one of them")
+    if value_range and not (len(value_range) == 2 and value_range[0] < value_range[1]):
+        raise SystemExit(f"--value-range needs two numbers, the smaller first, not {' '.join(map(str, value_range))}")
+    return (0, 2 ** bits - 1) if bits else value_range
+
+
+def extremes(data):
+    """The least and largest value in an image, the most that its file can hold, whether a TIFF has further pages."""
+    pixels, most, *_ = read_values(data)
+    pixels = upright_array(pixels) if isinstance(pixels, Image.Image) else pixels
+    after = isinstance(data, bytes) and data.startswith(TIFF) and tiff_tags(data).next
+    pages = bool(after) and not tiff_tags(data, after).get(254, 0) & 5          # 1: a smaller copy, 4: a mask
+    return float(np.nanmin(pixels)), float(np.nanmax(pixels)), most, pages
+
+
+def remarks(found, value_range):
+    """Sentences about what `extremes` found in some images: values that use little of their range, or exceed it."""
+    count, low, high = len(found), min(row[0] for row in found), max(row[1] for row in found)
+    said = [f"{sum(row[3] for row in found)} of {count} TIFFs have several pages: the first is read"] if any(
+        row[3] for row in found) else []
+    least_most = min((row[2] for row in found if row[2]), default=0)
+    if value_range and (low < value_range[0] or high > value_range[1]):
+        said.append(f"the values of {count} images are {low:g} to {high:g}, what lies outside {value_range[0]:g} to "
+                    f"{value_range[1]:g} is cut off")
+    if not value_range and 2 * high <= least_most:
+        said.append(f"the brightest of {count} images is {high:g} of {least_most}: --bits "
+                    f"{max(1, int(high).bit_length())} would use the whole range")
+    return said
+
+
+def reason(error):
+    """Why an image cannot be read, in a line."""
+    return (str(error).split(" <_io")[0].splitlines() or [type(error).__name__])[0][:240]
