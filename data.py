@@ -8,6 +8,7 @@ checkpoint stores nothing about the data. A source is anything with len(), read(
 import ctypes
 import io
 import os
+import re
 import signal
 import sys
 
@@ -19,12 +20,13 @@ try:                                                            # optional: the 
     from torchcodec.decoders import decode_jpeg
 except (ImportError, OSError, RuntimeError):                    # not installed, or built for another torch
     decode_jpeg = None
-JPEG = b"\xff\xd8\xff"                                          # how its files begin
+# How files of 8 bits begin: JPEG, PNG, GIF, BMP, WebP. Others may hold more.
+JPEG, PLAIN = b"\xff\xd8\xff", re.compile(rb"\xff\xd8\xff|\x89PNG.{20}[\1-\x08]|GIF8|BM|RIFF", re.DOTALL)
 
 
+# Damaged files raise errors of nearly any class. The decoders agree, but grey from a colour JPEG may differ by 3.
 def decode(data, channels=3, value_range=None):
-    """Decode the bytes of an image file, or a PIL image -> uint8 (C, h, w), upright, each pixel's values together.
-    Damaged files raise errors of nearly any class. The decoders agree, but grey from a colour JPEG may differ by 3."""
+    """Decode the bytes of an image file, or a PIL image -> uint8 (C, h, w), upright, each pixel's values together."""
     if decode_jpeg and channels in (1, 3) and not value_range and isinstance(data, bytes) and data.startswith(JPEG):
         if len(data) > 2 ** 18:
             Image.open(io.BytesIO(data))                        # raises if it has too many pixels, as for Pillow
@@ -36,11 +38,11 @@ def decode(data, channels=3, value_range=None):
 def open_image(data, value_range=None):
     """Open bytes, or take a PIL image -> a PIL image, upright, of 8 bits; or an array (h, w, N) of bands that are no
     colours. value_range: the values that become 0 and 255, if not the range of the file: see images/deep.py."""
-    if isinstance(data, bytes) and data.startswith(JPEG) and not value_range:
+    if isinstance(data, bytes) and PLAIN.match(data) and not value_range:
         img = Image.open(io.BytesIO(data))
     else:
-        from images.deep import read
-        img = read(data, value_range)
+        from images.deep import open_deep
+        img = open_deep(data, value_range)
     return img if isinstance(img, np.ndarray) else ImageOps.exif_transpose(img)
 
 
@@ -67,15 +69,14 @@ def resize(img, size, how):
 # Crops
 
 
+# By splitmix64, because a generator object for every image would cost as much as the arithmetic of its crop.
 def uniforms(seed, keys, count):
-    """Random numbers in 0..1, float64 (len(keys), count): a pure function of seed, key = (epoch, index) and column. By
-    splitmix64, because a generator object for every image would cost as much as the arithmetic of its crop."""
+    """Random numbers in 0..1, float64 (len(keys), count): a pure function of seed, key = (epoch, index) and column."""
     def mix(x):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         return x ^ x >> np.uint64(31)
-
     epoch, index = np.array(keys, dtype=np.uint64).reshape(-1, 2).T
     x = mix(mix(mix(np.full(len(keys), seed, dtype=np.uint64)) ^ epoch) ^ index)                # (len(keys),)
     x = mix(x[:, None] ^ mix(np.arange(count, dtype=np.uint64)))                                # (len(keys), count)
@@ -122,13 +123,11 @@ class RandomCrops(torch.utils.data.Dataset):
     def readable(self, index):
         """Decode one -> image, index, None; else the next readable image, its index, and (name, reason) of this one."""
         problem = None
-        for other in range(index, index + 100):
-            other %= len(self.source)
+        for other in [i % len(self.source) for i in range(index, index + 100)]:
             try:
                 return decode(self.source.read(other), self.channels, self.value_range), other, problem
             except Exception as error:                          # damaged files raise almost anything
-                from images.deep import reason
-                problem = problem or (self.source.name(index), reason(error))
+                problem = problem or (self.source.name(index), str(error).split(" <_io")[0].split("\n")[0])
         return torch.zeros(self.channels, *self.size, dtype=torch.uint8), index, problem
 
     def __getitems__(self, keys):
@@ -140,12 +139,10 @@ class RandomCrops(torch.utils.data.Dataset):
             img, used, problem = self.readable(index)
             u = table[k] if used == index else uniforms(self.seed, [(epoch, used)], count)[0].tolist()
             for r in range(self.repeat):
-                crop = self.crop(img, u[r * self.draws:(r + 1) * self.draws])                   # (C, h, w)
-                crops[k * self.repeat + r] = crop.permute(1, 2, 0)
+                crops[k * self.repeat + r] = self.crop(img, u[r * self.draws:][:self.draws]).permute(1, 2, 0)
                 labels.append(-1 if self.source.labels is None else int(self.source.labels[used]))
-            if problem:
-                failed.append(problem)
-        return crops.permute(0, 3, 1, 2), torch.tensor(labels), failed
+            failed.append(problem)
+        return crops.permute(0, 3, 1, 2), torch.tensor(labels), list(filter(None, failed))
 
     def finish(self, batches, device):
         """What is left to do to the batches of a loader: nothing here (DeviceCrops decodes)."""
@@ -184,12 +181,10 @@ class CenterCrops(RandomCrops):
 
 def batch_keys(images, images_per_step, accum, world, rank, seed, start, steps):
     """Yield this rank's keys, [(epoch, index)], for each of the `accum` passes of optimizer steps start..steps-1.
-    images: how many the source has; images_per_step: how many a step decodes, over all ranks and passes. An epoch is a
-    permutation of (seed, epoch), in whole steps, so a restart begins at its step."""
-    steps_per_epoch = images // images_per_step
+    images: how many the source has; images_per_step: how many a step decodes, over all ranks and passes."""
     part = images_per_step // (accum * world)                   # images of one pass on one rank
     for step in range(start, steps):
-        epoch, at = divmod(step, steps_per_epoch)
+        epoch, at = divmod(step, images // images_per_step)           # steps of an epoch: whole ones
         if at == 0 or step == start:
             order = torch.randperm(images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         for micro in range(accum):
@@ -220,12 +215,11 @@ def quiet_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+# Forked workers share the arrays of the source. The loader draws a number when it starts: from a generator of its own,
+# because from the global one it would change the flips and masks of the first step after a resume.
 def load(dataset, batches, workers, pin=False):
     """Batches of a dataset from lists of keys. workers: processes (0: this one; None: one per core, at most 16)."""
     workers = min(16, cores()) if workers is None else workers
-    # Forked workers share the arrays of the source. The loader draws a number when it starts: from a generator of its
-    # own, because from the global one it would change the flips and masks of the first step after a resume.
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                                       collate_fn=tuple, worker_init_fn=quiet_worker,
-                                       multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-                                       generator=torch.Generator())
+                                       collate_fn=tuple, worker_init_fn=quiet_worker, generator=torch.Generator(),
+                                       multiprocessing_context="fork" if workers and sys.platform == "linux" else None)

@@ -9,6 +9,7 @@ Bands: grey and colours, with alpha or without, become each other. Of other band
 or is refused. The first page of a TIFF is read: pages are not bands.
 """
 import io
+import os
 import re
 
 import numpy as np
@@ -22,7 +23,7 @@ class Refused(ValueError):
     """A whole file that these options do not read, with the sentence that says why."""
 
 
-def read(data, value_range=None):
+def open_deep(data, value_range=None):
     """Bytes or a PIL image -> with 8 bits per value: a PIL image of grey or colours, or an array (h, w, N) of bands.
     A plain image of 8 bits is only opened. Raises Refused; damaged files raise nearly anything."""
     pixels, most, colours, inverted = read_values(data)
@@ -34,8 +35,9 @@ def read(data, value_range=None):
     pixels = upright_array(pixels) if plain else pixels
     low, high = value_range or (0, most)
     if high is None:
-        raise Refused(f"its values are {pixels.dtype.name}, of unknown range: give --value-range LO HI, what is black "
-                      "and what is white, or --bits N for 0 to 2^N-1")
+        kind = {"f": "floats", "i": "signed integers"}.get(pixels.dtype.kind, "integers")
+        raise Refused(f"its values are {8 * pixels.itemsize}-bit {kind} of unknown range: give --value-range LO HI, "
+                      "what is black and what is white, or --bits N for 0 to 2^N-1")
     share = np.nan_to_num((pixels - float(low)) / (high - low)).clip(0, 1)      # float64: exact for 32 bits
     pixels = ((1 - share if inverted else share) * 255 + 0.5).astype(np.uint8)
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels) if colours else pixels
@@ -158,27 +160,54 @@ def as_range(bits, value_range):
 
 
 def extremes(data):
-    """The least and largest value in an image, the most that its file can hold, whether a TIFF has further pages."""
+    """The least and largest value in an image, and the most that its file can hold."""
     pixels, most, *_ = read_values(data)
     pixels = upright_array(pixels) if isinstance(pixels, Image.Image) else pixels
+    return float(np.nanmin(pixels)), float(np.nanmax(pixels)), most
+
+
+def has_pages(data):
+    """Whether this is a TIFF whose second page is no smaller copy (1) and no mask (4) of the first."""
     after = isinstance(data, bytes) and data.startswith(TIFF) and tiff_tags(data).next
-    pages = bool(after) and not tiff_tags(data, after).get(254, 0) & 5          # 1: a smaller copy, 4: a mask
-    return float(np.nanmin(pixels)), float(np.nanmax(pixels)), most, pages
+    return bool(after) and not tiff_tags(data, after).get(254, 0) & 5
 
 
-def remarks(found, value_range):
-    """Sentences about what `extremes` found in some images: values that use little of their range, or exceed it."""
-    count, low, high = len(found), min(row[0] for row in found), max(row[1] for row in found)
-    said = [f"{sum(row[3] for row in found)} of {count} TIFFs have several pages: the first is read"] if any(
-        row[3] for row in found) else []
-    least_most = min((row[2] for row in found if row[2]), default=0)
+def remarks(found, pages, value_range):
+    """Sentences about images whose `extremes` are `found`, `pages` of which have several pages."""
+    (low, *_), (_, high, _) = min(found), max(found, key=lambda row: row[1])
+    least, said = min(most or high for *_, most in found), []
+    if pages:
+        said.append(f"{pages} of {len(found)} images have several pages: the first is read")
     if value_range and (low < value_range[0] or high > value_range[1]):
-        said.append(f"the values of {count} images are {low:g} to {high:g}, what lies outside {value_range[0]:g} to "
-                    f"{value_range[1]:g} is cut off")
-    if not value_range and 2 * high <= least_most:
-        said.append(f"the brightest of {count} images is {high:g} of {least_most}: --bits "
+        said.append(f"the values of {len(found)} images are {low:g} to {high:g}: those outside {value_range[0]:g} to "
+                    f"{value_range[1]:g} are cut off")
+    if not value_range and 2 * high <= least:
+        said.append(f"the brightest of {len(found)} images is {high:g} of {least}: --bits "
                     f"{max(1, int(high).bit_length())} would use the whole range")
     return said
+
+
+def examine(source, indices, channels, bits=None, value_range=None):
+    """Set source.value_range. Then the first process reads some images as a run would: it prints remarks, or ends in a
+    sentence if none is read with these options."""
+    value_range = source.value_range = as_range(bits, value_range)
+    found, refused, pages = [], [], 0
+    for i in indices if os.environ.get("RANK", "0") == "0" else ():
+        try:
+            data = source.read(i)
+            img = open_deep(data, value_range)
+            if isinstance(img, np.ndarray) or channels not in (1, 3, 4):
+                to_bands(img, channels)
+            found.append(extremes(data))
+            pages += has_pages(data)
+        except Refused as error:
+            refused.append(f"{source.name(i)} cannot be read: {error}")
+        except Exception:                                       # damaged: the run will name it
+            continue
+    if refused and not found:
+        raise SystemExit(f"{refused[0]} (the same for all of {len(refused)} sampled images)")
+    for line in refused[:1] + (remarks(found, pages, value_range) if found else []):
+        print(f"note: {source.where}: {line}", flush=True)
 
 
 def reason(error):

@@ -53,8 +53,8 @@ class DeviceCrops(RandomCrops):
     GPU also by what its JPEG decoder does differently."""
 
     def __getitems__(self, keys):
-        """-> keys, items, labels, (name, reason) of unreadable files. An item is the bytes of a JPEG and the plans of its
-        crops; of anything else a finished crop, and the plan to leave it as it is."""
+        """-> keys, items, labels, (name, reason) of unreadable files. An item is the bytes of a JPEG and the plans of
+        its crops; of anything else a finished crop, and the plan to leave it as it is."""
         items, labels, failed = [], [], []
         for key, u in zip(keys, uniforms(self.seed, keys, self.draws * self.repeat).tolist()):
             try:

@@ -46,6 +46,8 @@ class Options:
     img_size: tuple[int, ...] | None = opt((224,), "pixels: one number, or height and width", least=1)
     mean: tuple[float, ...] | None = opt(None, "channel means in 0..1 (default: ImageNet's; 0.5 if not 3 channels)")
     std: tuple[float, ...] | None = opt(None, "channel deviations in 0..1 (default: ImageNet's; 0.25)")
+    bits: int | None = opt(None, "values are 0 to 2^N-1 in files of more than 8 bits (default: their range)", 1, 32)
+    value_range: tuple[float, ...] | None = opt(None, "values that become black and white (default: the file's range)")
     batch_size: int | None = opt(None, "images per optimizer step, over all processes and passes", least=1)
     accum: int = opt(1, "forward-backward passes per optimizer step, each on a part of the batch", least=1)
     epochs: float | None = opt(None, "passes over the training set", least=0)
@@ -76,7 +78,7 @@ class NetworkOptions(Options):
     """Further options of the scripts that train a whole network."""
     model: str = opt("vit_tiny", "the network")
     patch_size: int | None = opt(None, "pixels on a patch's side, if not the model's own", least=1)
-    in_chans: int = opt(3, "image channels: 1 grey, 3 colour, 4 colour and alpha", choices=(1, 3, 4))
+    in_chans: int = opt(3, "image channels: 1 grey, 3 colour, 4 colour and alpha; else as many bands", least=1)
     weight_decay: float | None = opt(None, "AdamW's weight decay", least=0)
     clip_grad: float | None = opt(None, "largest gradient norm (default: no clipping)", least=0)
     init: str | None = opt(None, "checkpoint in any layout whose weights a new run starts from")
