@@ -184,7 +184,7 @@ def batch_keys(images, images_per_step, accum, world, rank, seed, start, steps):
     images: how many the source has; images_per_step: how many a step decodes, over all ranks and passes."""
     part = images_per_step // (accum * world)                   # images of one pass on one rank
     for step in range(start, steps):
-        epoch, at = divmod(step, images // images_per_step)           # steps of an epoch: whole ones
+        epoch, at = divmod(step, images // images_per_step)     # an epoch's steps are whole
         if at == 0 or step == start:
             order = torch.randperm(images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         for micro in range(accum):

@@ -417,11 +417,6 @@ def drain(call, device, skip, count, use=None):
     return now(device) - began, waited
 
 
-def decoder():
-    """The name and version of the package that decodes JPEGs here."""
-    return f"torchcodec {version('torchcodec')}" if data.decode_jpeg else f"Pillow {version('pillow')}"
-
-
 def input_rows(cfg, kinds=("ours", "textbook"), workers=None, crossed=True):
     """Images per second with each decoder that is here: ours and theirs from originals and packed, each with each."""
     batch, best = (cfg.batch or [64])[0], data.decode_jpeg
@@ -431,7 +426,8 @@ def input_rows(cfg, kinds=("ours", "textbook"), workers=None, crossed=True):
             calls = {kind: partial(batches_of, kind, cfg.sources[name], batch, skip + count, some, cfg.device)
                      for kind, name in zip(kinds, names)}
             spent, _ = in_turns(calls, cfg.pairs // 2 + 1, cfg.device, 0, partial(drain, skip=skip, count=count))
-            row = make_row(spent, batch * count, *kinds, workers=some, decoder=decoder())
+            package = "torchcodec" if data.decode_jpeg else "Pillow"
+            row = make_row(spent, batch * count, *kinds, workers=some, decoder=f"{package} {version(package)}")
             yield dict(zip(kinds, names)) | row
         data.decode_jpeg = best
 
