@@ -159,17 +159,16 @@ def refuse_dead(path):
 
 
 def refuse_empty(source, empty):
-    """End in a sentence about class folders of train/ that hold no image, which says what the first holds instead."""
+    """End in a sentence about class folders of train/ that hold no image; it says what the first holds instead."""
     first, skipped = os.path.join(source.root, empty[0]), Counter()
-    if os.path.isdir(first):
-        list(walk(first, skipped))
-    elif os.path.islink(first):
-        skipped["dead links"] = 1
-    elif not os.path.isdir(source.root):                        # a tar knows what it left out only as a whole
+    if isinstance(source, Tar):                                 # it knows what it left out only as a whole
         skipped = source.skipped
-    others = f", then {', '.join(empty[1:10])}" if empty[1:] else ""
-    raise SystemExit(f"{len(empty)} class folders hold no image, first {first}{left_out(skipped) or '; it is empty'}"
-                     f"{others}: fill all of them, or remove them here and in val/ as well")
+    elif os.path.exists(first):
+        list(walk(first, skipped))
+    else:
+        skipped["dead links"] = 1
+    raise SystemExit(f"{len(empty)} class folders hold no image, first {first}: fill them or remove them, in val/ as "
+                     f"well: {', '.join(empty[:9])}{left_out(skipped)}")
 
 
 def open_dataset(data, split="train", download=False):

@@ -27,12 +27,12 @@ def open_deep(data, value_range=None):
     """Bytes or a PIL image -> with 8 bits per value: a PIL image of grey or colours, or an array (h, w, N) of bands.
     A plain image of 8 bits is only opened. Raises Refused; damaged files raise nearly anything."""
     pixels, most, colours, inverted = read_values(data)
-    plain = isinstance(pixels, Image.Image)
     if most == 255 and value_range and value_range[1] > 255 or isinstance(data, bytes) and data.startswith(JPEG2000):
         value_range = None
-    if plain and not value_range:
-        return pixels
-    pixels = upright_array(pixels) if plain else pixels
+    if isinstance(pixels, Image.Image):
+        if not value_range:
+            return pixels
+        pixels = upright_array(pixels)
     low, high = value_range or (0, most)
     if high is None:
         kind = {"f": "floats", "i": "signed integers"}.get(pixels.dtype.kind, "integers")
@@ -46,7 +46,7 @@ def open_deep(data, value_range=None):
 def read_values(data):
     """-> pixels (h, w, N) of any type, upright; the most that a value can be, from 0, or None; whether they are colours
     and no bands; whether 0 is white. Instead of the pixels of a plain image of 8 bits, the opened image."""
-    found = None
+    found, img = None, data
     if isinstance(data, bytes):
         if data.startswith(b"\x93NUMPY"):
             return read_npy(data)
@@ -57,12 +57,12 @@ def read_values(data):
         elif PNM.match(data):
             found = read_pnm(data)
         elif data[4:8] == b"ftyp" and data[8:10] != b"av":
-            from pillow_heif import register_heif_opener
-            register_heif_opener()
-        data = None if found else Image.open(io.BytesIO(data))
-    if found or data.mode[0] not in "IF":
-        return found or (data, 255, True, False)
-    return upright_array(data), 65535 if "I;16" in data.mode else None, True, False
+            import pillow_heif
+            pillow_heif.register_heif_opener()
+        img = found or Image.open(io.BytesIO(data))
+    if found or img.mode[0] not in "IF":
+        return found or (img, 255, True, False)
+    return upright_array(img), 65535 if "I;16" in img.mode else None, True, False
 
 
 def upright_array(img):
@@ -146,10 +146,6 @@ def upright(pixels, turn):
     return pixels[::-1] if turn in (3, 4, 7, 8) else pixels
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# A look at some images before a run
-
-
 def as_range(bits, value_range):
     """--bits and --value-range -> (LO, HI), or None without either. Mistakes end in a sentence."""
     if bits and value_range:
@@ -160,30 +156,24 @@ def as_range(bits, value_range):
 
 
 def extremes(data):
-    """The least and largest value in an image, and the most that its file can hold."""
+    """The least and largest value in an image, the most that its file can hold, whether a TIFF has several pages."""
     pixels, most, *_ = read_values(data)
     pixels = upright_array(pixels) if isinstance(pixels, Image.Image) else pixels
-    return float(np.nanmin(pixels)), float(np.nanmax(pixels)), most
+    after = tiff_tags(data).next if isinstance(data, bytes) and data.startswith(TIFF) else 0
+    pages = after > 0 and not tiff_tags(data, after).get(254, 0) & 5            # 1: a smaller copy, 4: a mask
+    return float(np.nanmin(pixels)), float(np.nanmax(pixels)), most, pages
 
 
-def has_pages(data):
-    """Whether this is a TIFF whose second page is no smaller copy (1) and no mask (4) of the first."""
-    after = isinstance(data, bytes) and data.startswith(TIFF) and tiff_tags(data).next
-    return bool(after) and not tiff_tags(data, after).get(254, 0) & 5
-
-
-def remarks(found, pages, value_range):
-    """Sentences about images whose `extremes` are `found`, `pages` of which have several pages."""
-    (low, *_), (_, high, _) = min(found), max(found, key=lambda row: row[1])
-    least, said = min(most or high for *_, most in found), []
-    if pages:
-        said.append(f"{pages} of {len(found)} images have several pages: the first is read")
+def remarks(found, value_range):
+    """Sentences about images by their `extremes`: values that use little of their range, or exceed it; pages."""
+    low, high, most, pages = zip(*found)
+    low, high, most, pages = min(low), max(high), min(filter(None, most), default=0), sum(pages)
+    said = [f"{pages} of {len(found)} images have several pages: the first is read"] if pages else []
     if value_range and (low < value_range[0] or high > value_range[1]):
-        said.append(f"the values of {len(found)} images are {low:g} to {high:g}: those outside {value_range[0]:g} to "
-                    f"{value_range[1]:g} are cut off")
-    if not value_range and 2 * high <= least:
-        said.append(f"the brightest of {len(found)} images is {high:g} of {least}: --bits "
-                    f"{max(1, int(high).bit_length())} would use the whole range")
+        said.append(f"the values of {len(found)} images are {low:g} to {high:g}, cut off where not in {value_range}")
+    if not value_range and 2 * high <= most:
+        said.append(f"the brightest of {len(found)} images is {high:g} of {most}: --bits {int(high).bit_length() or 1} "
+                    "would use the whole range")
     return said
 
 
@@ -191,22 +181,20 @@ def examine(source, indices, channels, bits=None, value_range=None):
     """Set source.value_range. Then the first process reads some images as a run would: it prints remarks, or ends in a
     sentence if none is read with these options."""
     value_range = source.value_range = as_range(bits, value_range)
-    found, refused, pages = [], [], 0
+    found, refused = [], []
     for i in indices if os.environ.get("RANK", "0") == "0" else ():
         try:
-            data = source.read(i)
-            img = open_deep(data, value_range)
+            img = open_deep(source.read(i), value_range)
             if isinstance(img, np.ndarray) or channels not in (1, 3, 4):
                 to_bands(img, channels)
-            found.append(extremes(data))
-            pages += has_pages(data)
+            found.append(extremes(source.read(i)))
         except Refused as error:
             refused.append(f"{source.name(i)} cannot be read: {error}")
         except Exception:                                       # damaged: the run will name it
             continue
     if refused and not found:
         raise SystemExit(f"{refused[0]} (the same for all of {len(refused)} sampled images)")
-    for line in refused[:1] + (remarks(found, pages, value_range) if found else []):
+    for line in refused[:1] + (remarks(found, value_range) if found else []):
         print(f"note: {source.where}: {line}", flush=True)
 
 

@@ -57,7 +57,7 @@ class AugmentedCrops(RandomCrops):
 
     def __init__(self, source, size, channels, seed, scale, interpolation, magnitude, fill, repeat=1):
         if channels not in (1, 3):
-            raise SystemExit(f"RandAugment is for 1 or 3 channels, not {channels}: give --rand-augment 0")
+            raise SystemExit(f"RandAugment is for 1 or 3 channels, not {channels}: leave it out, or give --in-chans 3")
         super().__init__(source, size, channels, seed, scale, interpolation, repeat)
         self.magnitude, self.fill = magnitude, tuple(fill)
 

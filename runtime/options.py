@@ -62,8 +62,7 @@ class Options:
     seed: int = opt(0, "everything random follows from it", least=0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
     workers: int | None = opt(None, "processes that decode images, per training process (default: its cores)", least=0)
-    decode: str = opt("workers", "where JPEGs are decoded and cropped: workers, or device if cores are few",
-                      choices=("workers", "device"))
+    decode: str = opt("workers", "where JPEGs are decoded; device: if cores are few", choices=("workers", "device"))
     download: bool = opt(False, "fetch --data if it is a torchvision set that is not there yet")
     log_every: int = opt(20, "steps between rows of the log; a row also comes at least every 30 seconds", least=1)
     save_every: int = opt(500, "steps between checkpoints; one also comes at least every 10 minutes", least=1)
@@ -88,8 +87,7 @@ class NetworkOptions(Options):
 class TrainingOptions(NetworkOptions):
     """Further options of those that train it on random crops of one size."""
     min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image", least=0, most=1)
-    interpolation: str | None = opt(None, "how crops are resized; random: bicubic or bilinear, drawn for each crop",
-                                    choices=("bicubic", "bilinear", "random"))
+    interpolation: str | None = opt(None, "random: drawn for each crop", choices=("bicubic", "bilinear", "random"))
 
 
 @dataclass

@@ -389,8 +389,7 @@ class StopCheck:
         self.signal = number
 
     def __call__(self, skipped, unreadable, images):
-        if unreadable:
-            self.name_once(unreadable)
+        self.name_once(unreadable)
         flags = [self.signal > 0, len(unreadable), images, self.log.overdue(), 0]
         # Through pinned memory: a plain copy would make the host wait for all work queued on the GPU.
         sums = torch.tensor(flags, dtype=torch.float32, pin_memory=self.device.type == "cuda")

@@ -279,7 +279,7 @@ def test_damaged_members_are_replaced_and_named(tmp_path):
     (tmp_path / "set" / "001.png").write_bytes(b"not an image")
     crops = RandomCrops(open_dataset(tar(tmp_path / "x.tar", tmp_path / "set")), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
     imgs, _, failed = crops.__getitems__([(0, 1), (0, 2)])
-    assert torch.equal(imgs[0], imgs[1]) and len(failed) == 1 and failed[0].endswith("x.tar/001.png")
+    assert torch.equal(imgs[0], imgs[1]) and len(failed) == 1 and failed[0][0].endswith("x.tar/001.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from data import JPEG, PLAIN, cores, decode, load, open_image, to_channels
 from images.datasets import describe, look_over, open_dataset
-from images.deep import as_range, extremes, has_pages, reason, remarks, upright_array
+from images.deep import as_range, extremes, reason, remarks, upright_array
 
 NOTE_EVERY = 5                                                  # seconds between notes of how far a pack is good
 
@@ -62,8 +62,8 @@ def splits_of(a):
 
 
 def look_at(source, i, stats=False):
-    """Decode one image -> its kind, width, height, bytes, extremes, whether it has several pages, means of its channels
-    and of their squares (with stats); or one string that says why it cannot be read."""
+    """Decode one image -> its kind, width, height, bytes, extremes, means of its channels and of their squares (with
+    stats); or one string that says why it cannot be read."""
     try:
         data = source.read(i)
         img = open_image(data, source.value_range)
@@ -73,17 +73,17 @@ def look_at(source, i, stats=False):
             img = Image.open(io.BytesIO(data)) if size else img
             kind = f"{img.format or 'pixels'} {img.mode}"
         plain = not size or PLAIN.match(data)
-        found = (int(pixels.min()), int(pixels.max()), 255) if plain else extremes(data)
+        found = (int(pixels.min()), int(pixels.max()), 255, False) if plain else extremes(data)
         share = pixels.reshape(-1, pixels.shape[2]) / 255 if stats else np.zeros((1, 1))
-        return kind, *pixels.shape[1::-1], size, found, has_pages(data), share.mean(0), (share ** 2).mean(0)
+        return kind, *pixels.shape[1::-1], size, found, share.mean(0), (share ** 2).mean(0)
     except Exception as error:                                  # damaged files raise almost anything
         return f"{source.name(i)}: {reason(error)}"
 
 
 def print_stats(good):
     """Print the options for mean and deviation of each channel, in which every image counts alike."""
-    channels = Counter(len(row[6]) for row in good).most_common(1)[0][0]
-    rows = [row[6:] for row in good if len(row[6]) == channels]
+    channels = Counter(len(row[5]) for row in good).most_common(1)[0][0]
+    rows = [row[5:] for row in good if len(row[5]) == channels]
     mean, square = np.mean(rows, axis=0)
     numbers = [" ".join(f"{x:.4f}" for x in values) for values in (mean, (square - mean ** 2).clip(1e-8) ** 0.5)]
     print(f"  of {len(rows):,} images: --in-chans {channels} --mean {numbers[0]} --std {numbers[1]}")
@@ -104,8 +104,8 @@ def inspect(a):
                   f"pixels, median {median[1]}; {sum(row[3] for row in good) / 2 ** 20:,.1f} MB")
             kinds = Counter(row[0] for row in good)
             print("  " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()))
-            found, pages = [row[4] for row in good], sum(row[5] for row in good)
-            print(*[f"  note: {line}\n" for line in remarks(found, pages, source.value_range)], sep="", end="")
+            for line in remarks([row[4] for row in good], source.value_range):
+                print(f"  note: {line}")
             if a.stats:
                 print_stats(good)
         if source.classes:
