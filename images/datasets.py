@@ -72,7 +72,7 @@ class Folder:
         self.images = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.counts = Counter(path.split("/")[0] if "/" in path else "" for path in paths)
         self.counts.update({e.name: 0 for e in entries_of(root)
-                            if (os.path.isdir(e) or not os.path.exists(e)) and not e.name.lower().endswith(SUFFIXES)})
+                            if not e.name.lower().endswith(SUFFIXES) and (os.path.isdir(e) or not os.path.exists(e))})
 
     def __len__(self):
         return len(self.images)

@@ -166,8 +166,8 @@ def extremes(data):
 
 def remarks(found, value_range):
     """Sentences about images by their `extremes`: values that use little of their range, or exceed it; pages."""
-    low, high, most, pages = zip(*found)
-    low, high, most, pages = min(low), max(high), min(filter(None, most), default=0), sum(pages)
+    most, pages = max(row[2] or 0 for row in found), sum(row[3] for row in found)
+    low, high = min(row[0] for row in found), max(row[1] for row in found if row[2] == most or value_range or not most)
     said = [f"{pages} of {len(found)} images have several pages: the first is read"] if pages else []
     if value_range and (low < value_range[0] or high > value_range[1]):
         said.append(f"the values of {len(found)} images are {low:g} to {high:g}, cut off where not in {value_range}")
@@ -193,7 +193,7 @@ def examine(source, indices, channels, bits=None, value_range=None):
         except Exception:                                       # damaged: the run will name it
             continue
     if refused and not found:
-        raise SystemExit(f"{refused[0]} (the same for all of {len(refused)} sampled images)")
+        raise SystemExit(f"{refused[0]} (nor can any of {len(indices)} sampled images)")
     for line in refused[:1] + (remarks(found, value_range) if found else []):
         print(f"note: {source.where}: {line}", flush=True)
 

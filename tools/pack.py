@@ -16,10 +16,11 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, Dataset
 
 from data import JPEG, PLAIN, cores, decode, load, open_image, to_channels
@@ -55,10 +56,7 @@ def with_progress(entries, workers, start=0):
 def splits_of(a):
     """The sources of a set by name: train, and val if there is one."""
     sources = {split: open_dataset(a.source, split, a.download) for split in ("train", "val")}
-    sources = {split: source for split, source in sources.items() if source is not None}
-    for source in sources.values():
-        source.value_range = as_range(a.bits, a.value_range)
-    return sources
+    return {split: source for split, source in sources.items() if source is not None}
 
 
 def look_at(source, i, stats=False):
@@ -67,11 +65,13 @@ def look_at(source, i, stats=False):
     try:
         data = source.read(i)
         img = open_image(data, source.value_range)
-        pixels = upright_array(img) if isinstance(img, Image.Image) else img                    # (h, w, C)
-        kind, size = f"{pixels.shape[2]} bands", len(data) if isinstance(data, bytes) else 0
-        if isinstance(img, Image.Image):                        # what it was before it had 8 bits
-            img = Image.open(io.BytesIO(data)) if size else img
-            kind = f"{img.format or 'pixels'} {img.mode}"
+        size = len(data) if isinstance(data, bytes) else 0
+        pixels = img if isinstance(img, np.ndarray) else upright_array(img)                     # (h, w, C)
+        kind = f"{pixels.shape[2]} bands"
+        if isinstance(img, Image.Image):
+            with suppress(UnidentifiedImageError):              # some TIFFs that tifffile reads
+                raw = Image.open(io.BytesIO(data)) if size else img
+                kind = f"{raw.format or 'pixels'} {raw.mode}"
         plain = not size or PLAIN.match(data)
         found = (int(pixels.min()), int(pixels.max()), 255, False) if plain else extremes(data)
         share = pixels.reshape(-1, pixels.shape[2]) / 255 if stats else np.zeros((1, 1))
@@ -85,8 +85,8 @@ def print_stats(good):
     channels = Counter(len(row[5]) for row in good).most_common(1)[0][0]
     rows = [row[5:] for row in good if len(row[5]) == channels]
     mean, square = np.mean(rows, axis=0)
-    numbers = [" ".join(f"{x:.4f}" for x in values) for values in (mean, (square - mean ** 2).clip(1e-8) ** 0.5)]
-    print(f"  of {len(rows):,} images: --in-chans {channels} --mean {numbers[0]} --std {numbers[1]}")
+    mean, std = (" ".join(f"{x:.4f}" for x in values) for values in (mean, (square - mean ** 2).clip(1e-8) ** 0.5))
+    print(f"  of {len(rows):,} images: --in-chans {channels} --mean {mean} --std {std}")
 
 
 def inspect(a):
@@ -94,6 +94,7 @@ def inspect(a):
     bad = []
     for split, source in splits_of(a).items():
         print(f"{split}: {describe(source)}")
+        source.value_range = as_range(a.bits, a.value_range)
         rows = list(with_progress(Worked(look_at, source, a.stats), a.workers))
         bad += [row for row in rows if isinstance(row, str)]
         good = [row for row in rows if not isinstance(row, str)]
@@ -263,8 +264,7 @@ def command_line(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.pack", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="what --data may be")
-    parser.add_argument("--bits", type=int, choices=range(1, 33), metavar="N", help="values are 0 to 2^N-1 in files of "
-                        "more than 8 bits [the file's range]")
+    parser.add_argument("--bits", type=int, choices=range(1, 33), metavar="N", help="values are 0 to 2^N-1 [the file's]")
     parser.add_argument("--value-range", type=float, nargs=2, metavar=("LO", "HI"), help="what is black, what is white")
     if looking:
         parser.add_argument("--stats", action="store_true", help="measure mean and deviation of each channel")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from images.augment import statistics
-from images.datasets import open_dataset
+from images.datasets import look_over, open_dataset
 from mae import MAE, draw
 from runtime.folder import print_line
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
@@ -79,10 +79,11 @@ def main(argv):
     source = first(cfg.images, stored.get("data"))
     if source is None:
         fail(f"{path} does not say what it was trained on: give --images FOLDER")
-    images = open_dataset(source, "val")
+    images = open_dataset(source, "val") or open_dataset(source)
+    look_over(images, model.config["in_chans"], stored.get("bits"), stored.get("value_range"))
     os.makedirs(cfg.out, exist_ok=True)
     target = os.path.join(cfg.out, "recon.png")
-    draw(model, open_dataset(source) if images is None else images, mean, std, target, cfg.count)
+    draw(model, images, mean, std, target, cfg.count)
     print_line(f"drew {target}")
 
 
