@@ -13,6 +13,7 @@ import os
 import re
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, TiffImagePlugin
 
 TIFF, JPEG2000 = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
@@ -89,9 +90,7 @@ def read_npy(data):
 
 
 def read_png(data):
-    import torch
     from torchvision.io import decode_png
-
     turn = Image.open(io.BytesIO(data)).getexif().get(0x0112, 1)                # this also looks at the size
     pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0)
     return upright(pixels.numpy(), turn), 65535, True, False

@@ -264,7 +264,7 @@ def command_line(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.pack", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="what --data may be")
-    parser.add_argument("--bits", type=int, choices=range(1, 33), metavar="N", help="values are 0 to 2^N-1 [the file's]")
+    parser.add_argument("--bits", type=int, choices=range(1, 33), metavar="N", help="values are 0 to 2^N-1")
     parser.add_argument("--value-range", type=float, nargs=2, metavar=("LO", "HI"), help="what is black, what is white")
     if looking:
         parser.add_argument("--stats", action="store_true", help="measure mean and deviation of each channel")
