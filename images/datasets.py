@@ -22,7 +22,7 @@ import numpy as np
 
 from data import PLAIN
 from images.shapes import Shapes
-from images.tars import HIDDEN, SUFFIXES, index, kind_of_suffix, top_folders
+from images.tars import HIDDEN, SUFFIXES, index, kind_of_suffix, note, top_folders
 
 TRAIN_NAMES = ("train", "ilsvrc2012_img_train")                 # in any case of letters
 VAL_NAMES = ("val", "valid", "validation", "test", "ilsvrc2012_img_val")
@@ -247,9 +247,9 @@ def match_classes(train, val):
     number = {name: k for k, name in enumerate(train.classes)}
     absent = [name for name in train.classes if name not in val.classes]
     val.labels, val.classes = np.array([number[name] for name in val.classes])[val.labels], train.classes
-    if absent and os.environ.get("RANK", "0") == "0":
-        print(f"note: {len(absent)} of {len(number)} classes have no image under {val.where}, first {absent[0]}: they "
-              "do not count", flush=True)
+    if absent:
+        note(f"{len(absent)} of {len(number)} classes have no image under {val.where}, first {absent[0]}: they do not "
+             "count")
 
 
 def same_classes(train, val):

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from images.tars import note
+
 TIFF, JPEG2000 = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 PNM = re.compile(rb"P([2356])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"\s")
 
@@ -194,7 +196,7 @@ def examine(source, indices, channels, bits=None, value_range=None):
     if refused and not found:
         raise SystemExit(f"{refused[0]} (nor can any of {len(indices)} sampled images)")
     for line in refused[:1] + (remarks(found, value_range) if found else []):
-        print(f"note: {source.where}: {line}", flush=True)
+        note(f"{source.where}: {line}")
 
 
 def reason(error):

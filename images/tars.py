@@ -32,6 +32,13 @@ def kind_of_suffix(name):
     return f"{suffix} (pip install pillow-heif reads it)" if suffix in (".heic", ".heif") else suffix
 
 
+def note(text):
+    """Print a line, on the first process. No name that cannot be printed and no lost screen ends a run."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError):
+            print(f"note: {text}".encode(errors="backslashreplace").decode(), flush=True)
+
+
 def top_folders(path):
     """The set of the first folders in a tar. A file that is no plain tar ends in a sentence."""
     if not os.path.isfile(path):                                # reading a pipe would never end

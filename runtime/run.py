@@ -389,7 +389,8 @@ class StopCheck:
         self.signal = number
 
     def __call__(self, skipped, unreadable, images):
-        self.name_once(unreadable)
+        if unreadable:
+            self.name_once(unreadable)
         flags = [self.signal > 0, len(unreadable), images, self.log.overdue(), 0]
         # Through pinned memory: a plain copy would make the host wait for all work queued on the GPU.
         sums = torch.tensor(flags, dtype=torch.float32, pin_memory=self.device.type == "cuda")

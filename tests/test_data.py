@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 import data
 from data import CenterCrops, RandomCrops, batch_keys, crop_box, decode, load, resize, uniforms
-from images.augment import denormalize, normalize, random_flip, statistics
+from images.augment import denormalize, draw_colours, normalize, random_flip, recolour, statistics
 from images.datasets import Folder, open_dataset
 from images.device import DeviceCrops, resize_each
 from images.pictures import draw_curve, save_sheet
@@ -475,6 +475,23 @@ def test_normalize_is_torchvisions():
     assert torch.equal(normalize(last, mean, std), normalize(img, mean, std))
     with pytest.raises(ValueError, match="need 1 numbers"):
         statistics(1, mean=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_colours_of_bands(channels):
+    """Of five bands the first three change as three channels do, and two stay. Two have no hue and no grey."""
+    img = torch.randint(0, 256, (6, channels, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = statistics(channels)
+    torch.manual_seed(0)
+    drawn = draw_colours(6, p_jitter=1.0, p_grey=1.0, p_blur=1.0)
+    out, plain = recolour(img, drawn, mean, std), normalize(img, mean, std)
+    if channels == 5:
+        assert torch.equal(out[:, :3], recolour(img[:, :3].contiguous(), drawn, mean[:3], std[:3]))
+        assert torch.equal(out[:, 3:], plain[:, 3:])
+    else:
+        only_hue = drawn._replace(factors=torch.tensor([[1, 1, 0.3, 0.1]]).expand(6, -1), radius=torch.zeros(6))
+        torch.testing.assert_close(recolour(img, only_hue, mean, std), plain)
+        assert not torch.equal(out, plain) and out.isfinite().all()
 
 
 def test_flip_draws_once_per_image():

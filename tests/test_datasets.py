@@ -127,6 +127,10 @@ def test_val_may_lack_classes(tmp_path, how, as_tar, capsys):
     assert val.classes == train.classes == list("abcd") and val.labels.tolist() == [1] * 3 + [3] * 3
     assert val.relative(0).startswith("b/") and same_classes(train, val)
     assert capsys.readouterr().out.count("note: 2 of 4 classes have no image under ") == 1
+    (tmp_path / "train" / os.fsdecode(b"\xff")).mkdir()         # a class whose name no terminal can print
+    write_images(tmp_path / "train" / os.fsdecode(b"\xff"), 1)
+    train_and_val(str(tmp_path))
+    assert "note: 3 of 5 classes have no image" in capsys.readouterr().out
     write_images(tmp_path / "val" / "e", 1)                     # to train without labels on it remains possible
     train, val = train_and_val(str(tmp_path))
     assert val.classes == ["b", "d", "e"] and not capsys.readouterr().out
