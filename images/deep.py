@@ -134,7 +134,10 @@ def read_tiff(data):
         from tifffile import TiffFile
     except ImportError:
         raise Refused(f"it has {samples} bands of {bits} bits, read with pip install tifffile imagecodecs") from None
-    pixels = TiffFile(io.BytesIO(data)).pages[0].asarray()
+    try:
+        pixels = TiffFile(io.BytesIO(data)).pages[0].asarray()
+    except ValueError as error:                                 # most kinds of compression need another package
+        raise (Refused(f"{error}: pip install imagecodecs") if "imagecodecs" in str(error) else error) from None
     pixels = np.moveaxis(pixels, 0, -1) if samples > 1 and planar else pixels
     pixels = upright(pixels.reshape(*pixels.shape[:2], samples), tags.get(274, 1))
     return pixels, 2 ** bits - 1 if kind == 1 and bits <= 16 else None, photo and layout < 3, layout == 0

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import zlib
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -179,6 +180,15 @@ def test_no_band_is_dropped_or_made_up(kind, bands):
                 decode(file, other)
     with pytest.raises(ValueError, match="its number of bands is 3, and --in-chans is 7"):
         decode(encoded(RGB, format="JPEG"), 7)
+
+
+@pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="imagecodecs is installed")
+def test_compression_that_needs_a_package_names_it():
+    file = bytearray(encoded(RGB.convert("RGBA"), format="TIFF", compression="tiff_lzw"))
+    pytest.importorskip("tifffile")
+    file[file.index(b"\x52\x01\x03\x00") + 8] = 0               # ExtraSamples: no alpha, but a fourth band
+    with pytest.raises(ValueError, match="LZW.* requires the 'imagecodecs' package: pip install imagecodecs"):
+        decode(bytes(file), 4)
 
 
 def test_pages_are_no_bands_and_odd_arrays_are_refused():
