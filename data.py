@@ -11,9 +11,9 @@ import io
 import itertools
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -23,36 +23,37 @@ try:                                                            # optional: the 
     from torchcodec.decoders import decode_jpeg
 except (ImportError, OSError, RuntimeError):                    # not installed, or built for another torch
     decode_jpeg = None
+# How files of 8 bits begin: JPEG, PNG, GIF, BMP, WebP. Others may hold more.
+JPEG, PLAIN = b"\xff\xd8\xff", re.compile(rb"\xff\xd8\xff|\x89PNG.{20}[\1-\x08]|GIF8|BM|RIFF", re.DOTALL)
 
 
-def decoder():
-    """The name and version of the package that decodes JPEGs here."""
-    return f"torchcodec {version('torchcodec')}" if decode_jpeg else f"Pillow {Image.__version__}"
-
-
-def decode(data, channels=3):
-    """Decode the bytes of an image file, or a PIL image -> uint8 (C, h, w), upright, each pixel's values together.
-    Damaged files raise errors of nearly any class. The decoders agree, but grey from a colour JPEG may differ by 3."""
-    if decode_jpeg and channels in (1, 3) and isinstance(data, bytes) and data.startswith(b"\xff\xd8\xff"):
+# Damaged files raise errors of nearly any class. The decoders agree, but grey from a colour JPEG may differ by 3.
+def decode(data, channels=3, value_range=None):
+    """Decode the bytes of an image file, or a PIL image -> uint8 (C, h, w), upright, each pixel's values together."""
+    if decode_jpeg and channels in (1, 3) and not value_range and isinstance(data, bytes) and data.startswith(JPEG):
+        if len(data) > 2 ** 18:
+            Image.open(io.BytesIO(data))                        # raises if it has too many pixels, as for Pillow
         return decode_jpeg(data, mode="GRAY" if channels == 1 else "RGB")
-    pixels = np.array(to_channels(open_image(data), channels))                                  # (h, w) or (h, w, C)
+    pixels = np.array(to_channels(open_image(data, value_range), channels))                     # (h, w) or (h, w, C)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
-def open_image(data):
-    """Open bytes, or take a PIL image -> a loaded PIL image, upright, with 8 bits per value."""
-    img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-    img.load()
-    img = ImageOps.exif_transpose(img)
-    if img.mode == "F":
-        raise ValueError("its pixels are 32-bit floats of unknown range: save it with 8 or 16 bits")
-    if img.mode.startswith("I;16") or (img.mode == "I" and img.getextrema()[1] > 255):          # Pillow would clip
-        img = Image.fromarray((np.asarray(img, dtype=np.int32).clip(0, 65535) // 257).astype(np.uint8))
-    return img
+def open_image(data, value_range=None):
+    """Open bytes, or take a PIL image -> a PIL image, upright, of 8 bits; or an array (h, w, N) of bands that are no
+    colours. value_range: the values that become 0 and 255, if not the range of the file: see images/deep.py."""
+    if isinstance(data, bytes) and PLAIN.match(data) and not value_range:
+        img = Image.open(io.BytesIO(data))
+    else:
+        from images.deep import open_deep
+        img = open_deep(data, value_range)
+    return img if isinstance(img, np.ndarray) else ImageOps.exif_transpose(img)
 
 
 def to_channels(img, channels):
-    """Convert a PIL image to 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
+    """Convert a PIL image to 1 (grey), 3 (RGB) or 4 (RGBA) channels. Bands, and other channels, must be that many."""
+    if isinstance(img, np.ndarray) or channels not in (1, 3, 4):
+        from images.deep import to_bands
+        return to_bands(img, channels)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     if img.mode == "P" and "transparency" in img.info:          # else the transparent entry would become a colour
         img = img.convert("RGBA")
@@ -71,15 +72,14 @@ def resize(img, size, how):
 # Crops
 
 
+# By splitmix64, because a generator object for every image would cost as much as the arithmetic of its crop.
 def uniforms(seed, keys, count):
-    """Random numbers in 0..1, float64 (len(keys), count): a pure function of seed, key = (epoch, index) and column. By
-    splitmix64, because a generator object for every image would cost as much as the arithmetic of its crop."""
+    """Random numbers in 0..1, float64 (len(keys), count): a pure function of seed, key = (epoch, index) and column."""
     def mix(x):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         return x ^ x >> np.uint64(31)
-
     epoch, index = np.array(keys, dtype=np.uint64).reshape(-1, 2).T
     x = mix(mix(mix(np.full(len(keys), seed, dtype=np.uint64)) ^ epoch) ^ index)                # (len(keys),)
     x = mix(x[:, None] ^ mix(np.arange(count, dtype=np.uint64)))                                # (len(keys), count)
@@ -101,7 +101,7 @@ def crop_box(width, height, scale, ratio, u):
 
 class RandomCrops(torch.utils.data.Dataset):
     """Random resized crops. A list of keys (epoch, index) gives one batch: crops, uint8 (B, C, h, w); labels (B,), -1
-    where there are none; and the names of images that could not be read. B = repeat * len(keys).
+    where there are none; and (name, reason) of images that could not be read. B = repeat * len(keys).
     interpolation: "bicubic", "bilinear" or "random" (one of the two for each crop, timm's default).
     repeat: crops of each decoded image, next to each other in the batch (https://arxiv.org/abs/1901.09335)."""
     draws = 23                                                  # random numbers for one crop
@@ -109,6 +109,7 @@ class RandomCrops(torch.utils.data.Dataset):
     def __init__(self, source, size, channels, seed, scale, interpolation, repeat=1):
         self.source, self.size, self.channels, self.seed = source, tuple(size), channels, seed
         self.scale, self.interpolation, self.repeat = scale, interpolation, repeat
+        self.value_range = getattr(source, "value_range", None)
 
     def plan(self, width, height, u):
         """Choose the box (left, top, width, height) and the interpolation of one crop."""
@@ -123,15 +124,14 @@ class RandomCrops(torch.utils.data.Dataset):
         return resize(img[:, top:top + h, left:left + w], self.size, how)
 
     def readable(self, index):
-        """Decode one -> image, index, None; if it is damaged, the next readable image, its index, the damaged name."""
-        for other in range(index, index + 100):
-            other %= len(self.source)
+        """Decode one -> image, index, None; else the next readable image, its index, and (name, reason) of this one."""
+        problem = None
+        for other in [i % len(self.source) for i in range(index, index + 100)]:
             try:
-                img = decode(self.source.read(other), self.channels)
-            except Exception:                                   # damaged files raise almost anything
-                continue
-            return img, other, None if other == index else self.source.name(index)
-        return torch.zeros(self.channels, *self.size, dtype=torch.uint8), index, self.source.name(index)
+                return decode(self.source.read(other), self.channels, self.value_range), other, problem
+            except Exception as error:                          # damaged files raise almost anything
+                problem = problem or (self.source.name(index), str(error).split(" <_io")[0].split("\n")[0])
+        return torch.zeros(self.channels, *self.size, dtype=torch.uint8), index, problem
 
     def __getitems__(self, keys):
         count = self.draws * self.repeat
@@ -139,15 +139,13 @@ class RandomCrops(torch.utils.data.Dataset):
         crops = shared(len(keys) * self.repeat, *self.size, self.channels)                      # (B, h, w, C)
         labels, failed = [], []
         for k, (epoch, index) in enumerate(keys):
-            img, used, name = self.readable(index)
+            img, used, problem = self.readable(index)
             u = table[k] if used == index else uniforms(self.seed, [(epoch, used)], count)[0].tolist()
             for r in range(self.repeat):
-                crop = self.crop(img, u[r * self.draws:(r + 1) * self.draws])                   # (C, h, w)
-                crops[k * self.repeat + r] = crop.permute(1, 2, 0)
+                crops[k * self.repeat + r] = self.crop(img, u[r * self.draws:][:self.draws]).permute(1, 2, 0)
                 labels.append(-1 if self.source.labels is None else int(self.source.labels[used]))
-            if name:
-                failed.append(name)
-        return crops.permute(0, 3, 1, 2), torch.tensor(labels), failed
+            failed.append(problem)
+        return crops.permute(0, 3, 1, 2), torch.tensor(labels), list(filter(None, failed))
 
     def finish(self, batches, device):
         """What is left to do to the batches of a loader: nothing here (DeviceCrops decodes)."""
@@ -186,12 +184,10 @@ class CenterCrops(RandomCrops):
 
 def batch_keys(images, images_per_step, accum, world, rank, seed, start, steps):
     """Yield this rank's keys, [(epoch, index)], for each of the `accum` passes of optimizer steps start..steps-1.
-    images: how many the source has; images_per_step: how many a step decodes, over all ranks and passes. An epoch is a
-    permutation of (seed, epoch), in whole steps, so a restart begins at its step."""
-    steps_per_epoch = images // images_per_step
+    images: how many the source has; images_per_step: how many a step decodes, over all ranks and passes."""
     part = images_per_step // (accum * world)                   # images of one pass on one rank
     for step in range(start, steps):
-        epoch, at = divmod(step, steps_per_epoch)
+        epoch, at = divmod(step, images // images_per_step)     # an epoch's steps are whole
         if at == 0 or step == start:
             order = torch.randperm(images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         for micro in range(accum):

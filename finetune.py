@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from images.augment import normalize, random_flip, statistics
-from images.datasets import open_dataset, same_classes
+from images.datasets import look_over, open_dataset, same_classes
 from images.mixing import erase, random_mix, soft_targets
 from images.randaugment import AugmentedCrops
 from nets.beit import BeitViT, TwoHeads
@@ -72,7 +72,7 @@ class Config(TrainingOptions):
     recipe: str | None = opt(None, "row of the table of recipes in this file (default: the model's)", choices=RECIPES)
     model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=(*MODELS, *SWINS))
     img_size: tuple[int, ...] | None = opt(None, "pixels: a side, or height and width (default: as --init)", least=1)
-    in_chans: int | None = opt(None, "image channels (default: as --init, else 3)", choices=(1, 3, 4))
+    in_chans: int | None = opt(None, "image channels (default: as --init, else 3)", least=1)
     window: int | None = opt(None, "tokens on a side of a Swin's window (default: as --init, else its own)", least=2)
     pool: str | None = opt(None, "a ViT's cls token, or the mean of its patches", choices=("cls", "avg"), old="readout")
     relative: bool = opt(False, "learned relative positions in every block")
@@ -265,6 +265,8 @@ def evaluate_file(cfg):
     device = setup(cfg.device)[2]
     model, file = open_classifier(cfg.eval, cfg.heads, cfg.img_size)
     val = open_dataset(cfg.data, "val", cfg.download)
+    if val is not None:
+        look_over(val, model.config["in_chans"], cfg.bits, cfg.value_range)
     count, folders = model.config["num_classes"], list(val.classes or ()) if val else []
     names = Path(cfg.class_names).read_text().splitlines() if cfg.class_names else file.config.get("classes")
     numbers = class_numbers(names, count, folders)
@@ -289,9 +291,8 @@ def options_of_init(path, heads):
     found = encoder_options(file, heads)
     models, depth, kept = (SWINS, "depths", "window") if "depths" in found else (MODELS, "depth", "heads")
     names = [name for name, m in models.items() if (m["dim"], m[depth]) == (found["dim"], found[depth])]
-    if not names or found["in_chans"] not in (1, 3, 4):
-        fail(f"{path} is {found['dim']} wide and {found[depth]} deep, for {found['in_chans']} channels, and none of "
-             f"{', '.join(models)} is")
+    if not names:
+        fail(f"{path} is {found['dim']} wide and {found[depth]} deep, and none of {', '.join(models)} is")
     stored = {name: tuple(file.config[name]) for name in ("mean", "std") if file.config.get(name)}
     return {name: found[name] for name in (kept, "patch_size", "in_chans", "img_size")} | stored | dict(model=names[0])
 
@@ -313,7 +314,7 @@ def resolve(argv=None):
     cfg = options.shorten(options.fill(cfg, given, values), given, RECIPES[recipe])
     if cfg.distill_teacher and cfg.pool != "avg":
         fail("--distill-teacher needs --pool avg: the cls token then answers the teacher")
-    if cfg.rand_augment and (cfg.decode != "workers" or cfg.in_chans == 4):
+    if cfg.rand_augment and (cfg.decode != "workers" or cfg.in_chans not in (1, 3)):
         fail("--rand-augment is done by the workers, on 1 or 3 channels: give --rand-augment 0")
     with value_errors_exit():
         return options.check(replace(cfg, img_size=pair(cfg.img_size)), given)

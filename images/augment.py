@@ -84,8 +84,8 @@ def only(x, chosen, change, *numbers):
 
 
 def grey(x):
-    """(B, C, h, w) -> (B, 1, h, w), the luma of ITU-R 601, as in Pillow. One channel is grey already."""
-    if x.shape[1] == 1:
+    """(B, C, h, w) -> (B, 1, h, w), the luma of ITU-R 601, as in Pillow. Less than three channels stay."""
+    if x.shape[1] < 3:
         return x
     return (x[:, :1] * 0.299).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
 
@@ -93,7 +93,7 @@ def grey(x):
 def hue(x, turn):
     """Turn the hue by `turn` of HSV's circle, at most a sixth either way. Within a sixth each new channel is linear in
     the three old ones, clipped to the pixel's least and greatest, which do not change: no hue is ever computed."""
-    if x.shape[1] == 1:
+    if x.shape[1] < 3:
         return x
     sixths, low, high = 6 * turn.abs(), x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     after, before = (torch.where(way > 0, -1.0, 2 * sixths - 1) for way in (turn, -turn))
@@ -139,7 +139,8 @@ def blur(x, kernel):
 
 
 def recolour(img, colours, mean, std):
-    """Change images as drawn, then normalize: uint8 (B, C, h, w) -> float32. A fourth channel, alpha, does not change.
+    """Change images as drawn, then normalize: uint8 (B, C, h, w) -> float32. Of more channels the first three are
+    taken for colours, and the others do not change. One or two have no hue and do not become grey.
     The published orders, grey before blur (MoCo-v3) and after (MAE-Lite), give the same, because both are linear."""
     out, cpu = torch.empty(img.shape, device=img.device), img.device.type == "cpu"
     few = 1 + 2 ** (17 if cpu else 25) // img[0].numel()        # at a time: on a CPU they stay in the cache

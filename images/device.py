@@ -53,29 +53,29 @@ class DeviceCrops(RandomCrops):
     GPU also by what its JPEG decoder does differently."""
 
     def __getitems__(self, keys):
-        """-> keys, items, labels, names of unreadable files. An item is the bytes of a JPEG and the plans of its crops;
-        of anything else a finished crop, and the plan to leave it as it is."""
+        """-> keys, items, labels, (name, reason) of unreadable files. An item is the bytes of a JPEG and the plans of
+        its crops; of anything else a finished crop, and the plan to leave it as it is."""
         items, labels, failed = [], [], []
         for key, u in zip(keys, uniforms(self.seed, keys, self.draws * self.repeat).tolist()):
             try:
                 data = self.source.read(key[1])
                 img = Image.open(io.BytesIO(data))              # reads only the header
                 plain = img.format == "JPEG" and img.mode in ("L", "RGB") and data.endswith(b"\xff\xd9")
-                plain = plain and img.getexif().get(0x0112, 1) == 1                             # upright
+                plain = plain and img.getexif().get(0x0112, 1) == 1 and not self.value_range    # upright
             except Exception:
                 plain = False
             if plain:
                 items.append((data, [self.plan(*img.size, u[i:i + self.draws]) for i in range(0, len(u), self.draws)]))
                 labels += [-1 if self.source.labels is None else int(self.source.labels[key[1]])] * self.repeat
             else:
-                crops, marks, names = super().__getitems__([key])
+                crops, marks, problems = super().__getitems__([key])
                 items += [(crop, [((0, 0, self.size[1], self.size[0]), "bicubic")]) for crop in crops]
-                labels, failed = labels + marks.tolist(), failed + names
+                labels, failed = labels + marks.tolist(), failed + problems
         return keys, items, torch.tensor(labels), failed
 
     def finish(self, batches, device):
         """Decode and resize the batches of a loader on the device -> batches like RandomCrops'."""
-        if decode_jpeg is None or self.channels == 4:
+        if decode_jpeg is None or self.channels not in (1, 3):
             raise SystemExit("--decode device needs torchcodec (pip install torchcodec) and 1 or 3 channels")
         mode, tiny = "GRAY" if self.channels == 1 else "RGB", io.BytesIO()
         Image.new("RGB", (16, 16)).save(tiny, "JPEG")

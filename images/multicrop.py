@@ -27,7 +27,7 @@ def crop_groups(size, scale, local_counts, local_sizes, local_scale):
 
 class MultiCrops(RandomCrops):
     """Random resized crops in groups of one size each. A list of keys (epoch, index) gives one batch: for every group
-    uint8 (n, B, C, h, w); labels (B,), -1 where there are none; and the names of images that could not be read.
+    uint8 (n, B, C, h, w); labels (B,), -1 where there are none; and (name, reason) of images that could not be read.
     groups: of each group n, the number of crops of an image; their (height, width); least and largest share of it."""
 
     def __init__(self, source, groups, channels, seed):
@@ -39,13 +39,13 @@ class MultiCrops(RandomCrops):
         crops = [shared(n, len(keys), *size, self.channels) for n, size, _ in self.groups]
         labels, failed = [], []
         for k, (epoch, index) in enumerate(keys):
-            img, used, name = self.readable(index)
+            img, used, problem = self.readable(index)
             u = uniforms(self.seed, [(epoch, used)], count)[0].tolist()
             for group, (_, size, scale) in zip(crops, self.groups):
                 self.size, self.scale = size, scale
                 for crop in group:                                                              # (B, h, w, C)
                     crop[k], u = self.crop(img, u[:self.draws]).permute(1, 2, 0), u[self.draws:]
             labels.append(-1 if self.source.labels is None else int(self.source.labels[used]))
-            if name:
-                failed.append(name)
+            if problem:
+                failed.append(problem)
         return [group.permute(0, 1, 4, 2, 3) for group in crops], torch.tensor(labels), failed

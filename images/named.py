@@ -39,6 +39,7 @@ SETS = {
 
 class Named:
     """One of SETS. Its images are paths of files, or numbers of the pictures that torchvision holds in memory."""
+    value_range = None
 
     def __init__(self, name, split, download):
         make, train, val, labels_of, paths_of = SETS[name]

@@ -56,8 +56,8 @@ class AugmentedCrops(RandomCrops):
     draws = RandomCrops.draws + DRAWS
 
     def __init__(self, source, size, channels, seed, scale, interpolation, magnitude, fill, repeat=1):
-        if channels == 4:
-            raise SystemExit("RandAugment is for 1 or 3 channels, not 4: leave it out, or give --in-chans 3")
+        if channels not in (1, 3):
+            raise SystemExit(f"RandAugment is for 1 or 3 channels, not {channels}: leave it out, or give --in-chans 3")
         super().__init__(source, size, channels, seed, scale, interpolation, repeat)
         self.magnitude, self.fill = magnitude, tuple(fill)
 

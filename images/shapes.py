@@ -8,6 +8,7 @@ class Shapes:
     texture (classes 0 to 5) or layout (6 to 9) tell the class; colour, place, size, turn and background are random."""
     classes = ["striped disc", "dotted disc", "striped square", "dotted square", "striped triangle", "dotted triangle",
                "disc above square", "disc below square", "disc beside square", "disc inside square"]
+    value_range = None
 
     def __init__(self, split="train", length=None, side=64):
         self.where, self.side, self.skipped = f"shapes ({split})", side, {}

@@ -5,18 +5,45 @@ import hashlib
 import json
 import os
 import tarfile
+import warnings
 from collections import Counter
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
+from PIL import Image
+from PIL.features import check as pillow_has
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-HIDDEN = (".", "__MACOSX")                                      # how names of hidden files and folders begin
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # one limit everywhere: that of Pillow's error
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
+            *([".avif"] if pillow_has("avif") else []),
+            *([".jp2", ".jpx", ".j2k"] if pillow_has("jpg_2000") else []),
+            *([".heic", ".heif"] if find_spec("pillow_heif") else []))
+# How names of hidden files and folders begin; among them are thumbnails of Synology, QNAP and Windows.
+HIDDEN = (".", "__MACOSX", "@eaDir", "@__thumb", "Thumbs.db", "thumbs.db", "ehthumbs", "desktop.ini", "$RECYCLE.BIN",
+          "#recycle", "@Recycle", "lost+found")
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"PK": "unzip", b"\x28\xb5/\xfd": "unzstd"}
+TAR_KINDS = {tarfile.DIRTYPE: "folder", tarfile.FIFOTYPE: "fifo", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
+
+
+def kind_of_suffix(name):
+    """What a file that is left out is called: its suffix, and which package would read it."""
+    suffix = os.path.splitext(name)[1].lower() or "no suffix"
+    return f"{suffix} (pip install pillow-heif reads it)" if suffix in (".heic", ".heif") else suffix
+
+
+def note(text):
+    """Print a line, on the first process. No name that cannot be printed and no lost screen ends a run."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError):
+            print(f"note: {text}".encode(errors="backslashreplace").decode(), flush=True)
 
 
 def top_folders(path):
     """The set of the first folders in a tar. A file that is no plain tar ends in a sentence."""
+    if not os.path.isfile(path):                                # reading a pipe would never end
+        what = "a dead link" if os.path.islink(path) else "no folder and no plain file"
+        raise SystemExit(f"--data {path} is {what}: a folder or a plain tar of images was expected")
     with open(path, "rb") as f:
         head = f.read(512)
     for magic, tool in COMPRESSED.items():
@@ -47,7 +74,8 @@ def index(path):
     digest = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     places = path + ".index", os.path.join(cache, digest + ".index")
     with locked(path):
-        now = dict(format=2, bytes=os.stat(path).st_size, mtime_ns=os.stat(path).st_mtime_ns)
+        stat = os.stat(path)
+        now = dict(format=3, bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, suffixes=" ".join(SUFFIXES))
         found = next(filter(None, (read_index(place, now) for place in places)), None)
         if found:
             return found
@@ -93,7 +121,8 @@ def contents(path):
         else:
             skipped["dead links"] += 1
     root = next(iter(entries), "").split("/")[0] + "/"          # a single folder around train/ is taken away
-    if all(name.startswith(root) for name in entries) and any(name.startswith(root + "train/") for name in entries):
+    train = root.lower() + "train/"
+    if all(name.startswith(root) for name in entries) and any(name.lower().startswith(train) for name in entries):
         entries = {name.removeprefix(root): place for name, place in entries.items()}
         folders = {name.removeprefix(root) for name in folders}
     names = sorted(entries, key=lambda name: name.split("/"))   # part by part: "a/x" comes before "a-b/x"
@@ -118,7 +147,8 @@ def scan(f, path, found, outer="", base=0):
             if any(part.startswith(HIDDEN) for part in name.split("/")):
                 continue
             is_image = name.lower().endswith(SUFFIXES)
-            found.folders.add(os.path.join(name if m.isdir() else os.path.dirname(name), ""))
+            if not (m.isdir() and is_image):
+                found.folders.add(os.path.join(name if m.isdir() else os.path.dirname(name), ""))
             if name.lower().endswith(".tar") and m.isreg() and not outer:
                 found.nested += 1
                 found.folders.add(name[:-4] + "/")
@@ -130,8 +160,8 @@ def scan(f, path, found, outer="", base=0):
                 found.entries[name] = base + m.offset_data, m.size      # of two of one name the later, as in unpacking
                 if len(found.entries) % 100_000 == 0:
                     print(f"reading the headers of {path}: {len(found.entries):,} images so far", flush=True)
-            elif not m.isdir():
-                found.skipped[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+            elif is_image or not m.isdir():
+                found.skipped[TAR_KINDS.get(m.type) or kind_of_suffix(name)] += 1
     except tarfile.TarError as error:
         raise SystemExit(f"{what} is damaged or cut short ({error}): get it again") from None
     # tarfile takes a damaged header for the end. But a whole archive ends in zeros, and nothing else follows them.

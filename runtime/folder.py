@@ -326,7 +326,6 @@ class Log:
         if wait > 0.2 * each:
             self.hint_once(wait / each)
 
-
     def hint_once(self, share):
         if not self.hinted:
             print(f"hint: {share:.0%} of a step waits for images; more --workers, or a set packed once by "

@@ -46,6 +46,8 @@ class Options:
     img_size: tuple[int, ...] | None = opt((224,), "pixels: one number, or height and width", least=1)
     mean: tuple[float, ...] | None = opt(None, "channel means in 0..1 (default: ImageNet's; 0.5 if not 3 channels)")
     std: tuple[float, ...] | None = opt(None, "channel deviations in 0..1 (default: ImageNet's; 0.25)")
+    bits: int | None = opt(None, "values are 0 to 2^N-1 in files of more than 8 bits (default: their range)", 1, 32)
+    value_range: tuple[float, ...] | None = opt(None, "values that become black and white (default: the file's range)")
     batch_size: int | None = opt(None, "images per optimizer step, over all processes and passes", least=1)
     accum: int = opt(1, "forward-backward passes per optimizer step, each on a part of the batch", least=1)
     epochs: float | None = opt(None, "passes over the training set", least=0)
@@ -60,8 +62,7 @@ class Options:
     seed: int = opt(0, "everything random follows from it", least=0)
     device: str = opt("auto", "auto, cpu, cuda or mps")
     workers: int | None = opt(None, "processes that decode images, per training process (default: its cores)", least=0)
-    decode: str = opt("workers", "where JPEGs are decoded and cropped: workers, or device if cores are few",
-                      choices=("workers", "device"))
+    decode: str = opt("workers", "where JPEGs are decoded; device: if cores are few", choices=("workers", "device"))
     download: bool = opt(False, "fetch --data if it is a torchvision set that is not there yet")
     log_every: int = opt(20, "steps between rows of the log; a row also comes at least every 30 seconds", least=1)
     tensorboard: bool = opt(False, "write the log as event files of TensorBoard, too (pip install tensorboard)")
@@ -78,7 +79,7 @@ class NetworkOptions(Options):
     """Further options of the scripts that train a whole network."""
     model: str = opt("vit_tiny", "the network")
     patch_size: int | None = opt(None, "pixels on a patch's side, if not the model's own", least=1)
-    in_chans: int = opt(3, "image channels: 1 grey, 3 colour, 4 colour and alpha", choices=(1, 3, 4))
+    in_chans: int = opt(3, "image channels: 1 grey, 3 colour, 4 colour and alpha; else as many bands", least=1)
     weight_decay: float | None = opt(None, "AdamW's weight decay", least=0)
     clip_grad: float | None = opt(None, "largest gradient norm (default: no clipping)", least=0)
     init: str | None = opt(None, "checkpoint in any layout whose weights a new run starts from")
@@ -88,8 +89,7 @@ class NetworkOptions(Options):
 class TrainingOptions(NetworkOptions):
     """Further options of those that train it on random crops of one size."""
     min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image", least=0, most=1)
-    interpolation: str | None = opt(None, "how crops are resized; random: bicubic or bilinear, drawn for each crop",
-                                    choices=("bicubic", "bilinear", "random"))
+    interpolation: str | None = opt(None, "random: drawn for each crop", choices=("bicubic", "bilinear", "random"))
 
 
 @dataclass

@@ -23,8 +23,8 @@ def encoded(encode, source, indices, size, channels, mean, std, device, batch=25
     began = told = time.time()
     for part, (img, labels, failed) in zip(places, load(CenterCrops(source, size, channels), keys, workers,
                                                         device.type == "cuda")):
-        for name in failed:
-            print(f"warning: {name} cannot be read; another image takes its place")
+        for name, reason in failed:
+            print(f"warning: {name} cannot be read; another image takes its place ({reason})")
         bad += len(failed)
         features = encode(normalize(img.to(device, non_blocking=True), mean, std))
         yield slice(part.start, part.stop, world), features, labels

@@ -225,7 +225,8 @@ class Run:
 
     def datasets(self, shrink_batch=False):
         cfg = self.cfg
-        self.train, self.val = train, val = train_and_val(cfg.data, cfg.fraction, cfg.seed, cfg.download)
+        self.train, self.val = train, val = train_and_val(cfg.data, cfg.fraction, cfg.seed, cfg.download,
+                                                             cfg.in_chans, cfg.bits, cfg.value_range)
         parts = self.world * cfg.accum * self.repeat
         if len(train) < cfg.batch_size:
             self.cfg = cfg = self.smaller_batch(len(train), parts, shrink_batch)
@@ -504,9 +505,9 @@ class StopCheck:
         return "signal" if stop else None, log_now > 0
 
     def name_once(self, unreadable):
-        for name in sorted(set(unreadable) - self.names):
-            print(f"warning: {name} cannot be read; another image takes its place")
-            self.log.note(unreadable=name)
+        for name, reason in sorted(set(unreadable) - self.names):
+            print(f"warning: {name} cannot be read; another image takes its place ({reason})")
+            self.log.note(unreadable=name, reason=reason)
         self.names.update(unreadable)
 
     def one_step_late(self, sums):

@@ -1,7 +1,11 @@
 import io
 import json
 import os
+import struct
 import subprocess
+import zlib
+from contextlib import nullcontext
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from torchvision.transforms import v2
 
 import data
 from data import CenterCrops, RandomCrops, batch_keys, crop_box, decode, load, resize, uniforms
-from images.augment import denormalize, normalize, random_flip, statistics
+from images.augment import denormalize, draw_colours, normalize, random_flip, recolour, statistics
 from images.datasets import Folder, open_dataset
 from images.device import DeviceCrops, resize_each
 from images.pictures import draw_curve, save_sheet
@@ -59,9 +63,165 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert np.abs(out - deep / 257).max() <= 1
 
 
-def test_float_pixels_are_refused_not_blackened():
-    with pytest.raises(ValueError, match="32-bit floats"):
-        decode(encoded(Image.fromarray(np.random.default_rng(0).random((8, 12), dtype=np.float32)), format="TIFF"))
+def tiff(pixels, **options):
+    tifffile, buffer = pytest.importorskip("tifffile"), io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+def npy(pixels):
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    return buffer.getvalue()
+
+
+def png16(pixels):
+    """A PNG with 16 bits, which Pillow cannot write in colour. pixels: uint16 (h, w, C)."""
+    def chunk(name, text):
+        return struct.pack(">I", len(text)) + name + text + struct.pack(">I", zlib.crc32(name + text))
+    height, width, channels = pixels.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def pnm(pixels, most):
+    height, width, channels = pixels.shape
+    kind = 6 if channels == 3 else 5
+    return b"P%d # by hand\n%d %d\n%d\n" % (kind, width, height, most) + pixels.astype(">u2").tobytes()
+
+
+def shows(file, share, channels=1, value_range=None):
+    """Whether a file is decoded to `share` (h, w, C) of the way from black to white, within one of 255."""
+    out = decode(file, channels, value_range).permute(1, 2, 0).numpy()
+    return out.shape == share.shape and np.abs(out - 255 * share).max() <= 1
+
+
+DEEP = np.random.default_rng(3).integers(0, 4096, (8, 12, 1)).astype(np.uint16)                 # 12 bits in 16
+DEEP_FILES = [lambda x: encoded(Image.fromarray(x[..., 0]), format="PNG"), lambda x: tiff(x[..., 0]),
+              lambda x: encoded(Image.fromarray(x[..., 0]), format="TIFF", compression="tiff_lzw"),
+              lambda x: tiff(x[..., 0], byteorder=">"), npy, lambda x: pnm(x, 65535)]
+
+
+@pytest.mark.parametrize("write", DEEP_FILES, ids=["png", "tiff", "lzw", "big-endian", "npy", "pgm"])
+def test_the_range_of_the_file_is_the_range(write):
+    """What the brightest pixel of an image happens to be changes nothing; --bits says what the file does not."""
+    assert shows(write(DEEP), DEEP / 65535) and shows(write(DEEP // 16), DEEP // 16 / 65535)
+    assert shows(write(DEEP), DEEP / 4095, value_range=(0, 4095))
+    assert shows(write(DEEP), (DEEP / 1000).clip(0, 1), value_range=(0, 1000))                  # what is outside
+
+
+def test_white_may_be_zero():
+    assert shows(tiff(DEEP[..., 0], photometric="miniswhite"), 1 - DEEP / 65535)
+    assert shows(tiff(DEEP[..., 0], photometric="miniswhite"), 1 - DEEP / 4095, value_range=(0, 4095))
+
+
+@pytest.mark.parametrize("most", [15, 100, 256, 1023, 4095, 65535])
+def test_a_pgm_states_its_range(most):
+    values = np.random.default_rng(most).integers(0, most // 2 + 1, (8, 12, 3))
+    text = b"P2 12 8\n%d\n" % most + " ".join(map(str, values[..., 0].ravel())).encode()
+    assert shows(text, values[..., :1] / most)
+    if most > 255:
+        assert shows(pnm(values[..., :1], most), values[..., :1] / most) and shows(pnm(values, most), values / most, 3)
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("int8", "8-bit signed integers"), ("int16", "16-bit signed integers"), ("int32", "32-bit signed integers"),
+    ("uint32", "32-bit integers"), ("float16", "16-bit floats"), ("float32", "32-bit floats")])
+def test_what_has_no_range_is_refused_with_the_option_that_reads_it(kind, words):
+    values = (DEEP % 100).astype(kind)
+    for file in (tiff(values[..., 0]), npy(values)):
+        with pytest.raises(ValueError, match=f"{words} of unknown range: give --value-range LO HI"):
+            decode(file, 1)
+        assert shows(file, values / 100, value_range=(0, 100))
+    counts = DEEP.astype(np.int32) * 40                         # above 65535
+    assert shows(tiff(counts[..., 0]), counts / (2 ** 18 - 1), value_range=(0, 2 ** 18 - 1))
+    gaps = DEEP.astype(np.float32)
+    gaps[0, 0] = np.nan
+    assert decode(npy(gaps), 1, (0, 4095))[0, 0, 0] == 0
+
+
+def test_eight_bits_keep_their_range_beside_deeper_files():
+    grey = (DEEP % 16).astype(np.uint8)
+    for file in (encoded(Image.fromarray(grey[..., 0]), format="PNG"), tiff(grey[..., 0])):
+        assert shows(file, grey / 255) and shows(file, grey / 255, value_range=(0, 4095))
+        assert shows(file, grey / 15, value_range=(0, 15))
+    assert torch.equal(decode(encoded(RGB, format="PNG"), 3, (0, 4095)), decode(encoded(RGB, format="PNG"), 3))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_deep_colours(channels):
+    deep = np.random.default_rng(4).integers(0, 65536, (8, 12, channels)).astype(np.uint16)
+    extra = dict(extrasamples=["unassalpha"]) if channels in (2, 4) else {}
+    photometric = "minisblack" if channels < 3 else "rgb"
+    for file in (png16(deep), tiff(deep, photometric=photometric, **extra)):
+        assert shows(file, deep / 65535, channels)
+        assert shows(file, (deep / 4095).clip(0, 1), channels, (0, 4095))
+        assert decode(file, 3).shape == (3, 8, 12)              # grey and colours become each other
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+@pytest.mark.parametrize("bands", [2, 3, 4, 5, 13])
+def test_no_band_is_dropped_or_made_up(kind, bands):
+    most = np.iinfo(kind).max
+    values = np.random.default_rng(5).integers(0, most, (8, 12, bands), endpoint=True).astype(kind)
+    planes = np.ascontiguousarray(values.transpose(2, 0, 1))
+    files = [npy(values), tiff(values, photometric="minisblack", planarconfig="contig"),
+             tiff(planes, photometric="minisblack", planarconfig="separate")]
+    if bands > 3:
+        extra = dict(photometric="rgb", extrasamples=["unspecified"] * (bands - 3))
+        files += [tiff(values, planarconfig="contig", **extra),
+                  tiff(values, planarconfig="contig", compression="zlib", tile=(16, 16), **extra),
+                  tiff(planes, planarconfig="separate", **extra)]
+    for file in files:
+        assert shows(file, values / most, bands)
+        for other in {1, 3, 4} - {bands}:
+            with pytest.raises(ValueError, match=f"its number of bands is {bands}, and --in-chans is {other}"):
+                decode(file, other)
+    with pytest.raises(ValueError, match="its number of bands is 3, and --in-chans is 7"):
+        decode(encoded(RGB, format="JPEG"), 7)
+
+
+@pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="imagecodecs is installed")
+def test_compression_that_needs_a_package_names_it():
+    file = bytearray(encoded(RGB.convert("RGBA"), format="TIFF", compression="tiff_lzw"))
+    pytest.importorskip("tifffile")
+    file[file.index(b"\x52\x01\x03\x00") + 8] = 0               # ExtraSamples: no alpha, but a fourth band
+    with pytest.raises(ValueError, match="LZW.* requires the 'imagecodecs' package: pip install imagecodecs"):
+        decode(bytes(file), 4)
+
+
+def test_pages_are_no_bands_and_odd_arrays_are_refused():
+    assert shows(tiff(np.stack([DEEP[..., 0]] * 5), photometric="minisblack"), DEEP / 65535)
+    with pytest.raises(ValueError, match="its number of bands is 1, and --in-chans is 5"):
+        decode(tiff(np.stack([DEEP[..., 0]] * 5), photometric="minisblack"), 5)
+    for odd in (np.zeros((2, 3, 4, 5)), np.zeros((2, 3), complex)):
+        with pytest.raises(ValueError, match="its array has shape"):
+            decode(npy(odd), 1)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        decode(npy(np.array([[None, 1]], dtype=object)), 1)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_bands_are_upright(turn):
+    values = np.random.default_rng(6).integers(0, 256, (8, 12, 5), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    upright = [decode(encoded(Image.fromarray(values[..., k]), format="PNG", exif=exif), 1) for k in range(5)]
+    file = tiff(values, photometric="minisblack", planarconfig="contig", extratags=[(0x0112, 3, 1, turn, True)])
+    assert torch.equal(decode(file, 5), torch.cat(upright))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_too_many_pixels_are_refused_by_every_decoder(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)     # twice as many is the limit
+    for size, fits in ((632, True), (633, False)):
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
+        for file in (encoded(noise, format="JPEG", quality=95), encoded(noise, format="PNG"),
+                     tiff(np.zeros((size, size, 5), np.uint8), photometric="minisblack", planarconfig="contig")):
+            channels = 5 if file[:2] == b"II" else 3
+            with nullcontext() if fits else pytest.raises((Image.DecompressionBombError, ValueError), match="pixels"):
+                assert decode(file, channels).shape == (channels, size, size)
 
 
 def test_exif_rotation_is_applied():
@@ -250,7 +410,7 @@ def test_crops_on_the_device_are_the_same(tmp_path, channels):
     (tmp_path / "train" / "b" / "004.jpg").write_bytes(file)
     names = [(fa, fb) for (_, _, fa), (_, _, fb) in both()]
     assert all(fa == fb for fa, fb in names)
-    assert [os.path.basename(n) for fa, _ in names for n in fa] == ["003.jpg", "004.jpg"]
+    assert [os.path.basename(n) for fa, _ in names for n, _ in fa] == ["003.jpg", "004.jpg"]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -295,11 +455,11 @@ def test_unreadable_images_are_replaced_and_named(tmp_path):
     for index, stand_in in ((2, 4), (3, 4), (1, 1)):            # the stand-in has the crop that is its own
         imgs, _, failed = crops.__getitems__([(0, index)])
         assert torch.equal(imgs[0], one(crops, (0, stand_in)))
-        assert [name.endswith(f"00{index}.png") for name in failed] == [True] * (index != stand_in)
+        assert [name.endswith(f"00{index}.png") for name, _ in failed] == [True] * (index != stand_in)
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"damaged")
     imgs, _, failed = crops.__getitems__([(0, 5)])              # none is left to stand in: an empty image, and its name
-    assert not imgs.any() and len(failed) == 1 and failed[0].endswith("005.png")
+    assert not imgs.any() and len(failed) == 1 and failed[0][0].endswith("005.png")
 
 
 def test_unreadable_images_are_collected(tmp_path):
@@ -308,7 +468,7 @@ def test_unreadable_images_are_collected(tmp_path):
         (tmp_path / name).write_bytes(b"damaged")
     crops = RandomCrops(open_dataset(str(tmp_path)), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
     _, _, failed = next(iter(load(crops, [[(0, i) for i in range(6)]], 0, pin=False)))
-    assert [os.path.basename(name) for name in failed] == ["002.png", "003.png"]
+    assert [os.path.basename(name) for name, _ in failed] == ["002.png", "003.png"]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -325,6 +485,23 @@ def test_normalize_is_torchvisions():
     assert torch.equal(normalize(last, mean, std), normalize(img, mean, std))
     with pytest.raises(ValueError, match="need 1 numbers"):
         statistics(1, mean=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_colours_of_bands(channels):
+    """Of five bands the first three change as three channels do, and two stay. Two have no hue and no grey."""
+    img = torch.randint(0, 256, (6, channels, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = statistics(channels)
+    torch.manual_seed(0)
+    drawn = draw_colours(6, p_jitter=1.0, p_grey=1.0, p_blur=1.0)
+    out, plain = recolour(img, drawn, mean, std), normalize(img, mean, std)
+    if channels == 5:
+        assert torch.equal(out[:, :3], recolour(img[:, :3].contiguous(), drawn, mean[:3], std[:3]))
+        assert torch.equal(out[:, 3:], plain[:, 3:])
+    else:
+        only_hue = drawn._replace(factors=torch.tensor([[1, 1, 0.3, 0.1]]).expand(6, -1), radius=torch.zeros(6))
+        torch.testing.assert_close(recolour(img, only_hue, mean, std), plain)
+        assert not torch.equal(out, plain) and out.isfinite().all()
 
 
 def test_flip_draws_once_per_image():

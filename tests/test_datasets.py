@@ -2,6 +2,9 @@
 import inspect
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -12,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from PIL import Image, features
 
 from data import RandomCrops, decode, open_image, resize
 from images import named, tars
-from images.datasets import describe, open_dataset, subset
+from images.datasets import describe, open_dataset, same_classes, subset, train_and_val
 from images.shapes import Shapes
+from images.tars import SUFFIXES
 from tools import pack as packing
 
 ROOT = Path(__file__).parents[1]
@@ -84,8 +89,178 @@ def test_missing_imagenet_says_where_it_looked(tmp_path, monkeypatch):
 def test_empty_class(tmp_path):
     write_images(tmp_path / "train" / "a", 2)
     (tmp_path / "train" / "b").mkdir()
-    with pytest.raises(SystemExit, match="1 class folders hold no image, first .*b: fill them or remove them"):
+    with pytest.raises(SystemExit, match="1 class folders hold no image, first .*b: fill them or remove them, in val/"):
         open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("inside, words", [
+    (lambda b: b.mkdir(), "in val/ as well: b$"),
+    (lambda b: [b.mkdir(), (b / "x.cr2").touch(), (b / "y.cr2").touch()], "as well: b; other files left out: 2 .cr2"),
+    (lambda b: [b.mkdir(), os.symlink("gone.jpg", b / "x.jpg")], "as well: b; other files left out: 1 dead links"),
+    (lambda b: os.symlink("gone", b), "as well: b; other files left out: 1 dead links"),
+    (lambda b: [b.mkdir(), (b.parent / "c").mkdir()], "2 class folders .* in val/ as well: b, c$")])
+def test_what_an_empty_class_holds_is_said(tmp_path, inside, words):
+    write_images(tmp_path / "train" / "a", 2)
+    write_images(tmp_path / "val" / "a", 2)
+    inside(tmp_path / "train" / "b")
+    with pytest.raises(SystemExit, match=words):
+        train_and_val(str(tmp_path))
+    for name in "bc":                                           # what the sentence says makes it run
+        folder = tmp_path / "train" / name
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
+    assert [source.classes for source in train_and_val(str(tmp_path))] == [["a"], ["a"]]
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_val_may_lack_classes(tmp_path, how, as_tar, capsys):
+    for k, name in enumerate("abcd"):
+        write_images(tmp_path / "train" / name, 2 + k)
+    for name in "bd":
+        write_images(tmp_path / "val" / name, 3)
+    if how == "empty":
+        (tmp_path / "val" / "a").mkdir()
+        (tmp_path / "val" / "nowhere else").mkdir()
+    if as_tar:
+        tar(tmp_path / "set.tar", tmp_path)
+    train, val = train_and_val(str(tmp_path / "set.tar" if as_tar else tmp_path))
+    assert val.classes == train.classes == list("abcd") and val.labels.tolist() == [1] * 3 + [3] * 3
+    assert val.relative(0).startswith("b/") and same_classes(train, val)
+    assert capsys.readouterr().out.count("note: 2 of 4 classes have no image under ") == 1
+    (tmp_path / "train" / os.fsdecode(b"\xff")).mkdir()         # a class whose name no terminal can print
+    write_images(tmp_path / "train" / os.fsdecode(b"\xff"), 1)
+    train_and_val(str(tmp_path))
+    assert "note: 3 of 5 classes have no image" in capsys.readouterr().out
+    write_images(tmp_path / "val" / "e", 1)                     # to train without labels on it remains possible
+    train, val = train_and_val(str(tmp_path))
+    assert val.classes == ["b", "d", "e"] and not capsys.readouterr().out
+    with pytest.raises(SystemExit, match="val has 1 classes that .*train lacks, first e"):
+        same_classes(train, val)
+
+
+def test_folders_in_any_case_of_letters(tmp_path):
+    for k, (train, val) in enumerate([("Train", "Val"), ("TRAIN", "Test"), ("train", "Validation")]):
+        root = tmp_path / str(k)
+        write_images(root / train / "a", 2)
+        write_images(root / val / "a", 3)
+        tar(tmp_path / f"{k}.tar", root)
+        for data in (root, tmp_path / f"{k}.tar"):
+            assert [len(source) for source in train_and_val(str(data))] == [2, 3]
+    write_images(tmp_path / "0" / "train" / "a", 4)             # the usual spelling goes first
+    assert len(open_dataset(str(tmp_path / "0"))) == 4
+
+
+def test_what_is_no_file_is_left_out_by_its_kind(tmp_path):
+    root = tmp_path / "set"
+    write_images(root, 2, suffix=".jpg")
+    os.mkfifo(root / "a.jpg")
+    os.mkfifo(root / "pipe")
+    (root / "b.jpg").mkdir()
+    (root / "@eaDir" / "x.jpg").mkdir(parents=True)
+    write_images(root / "@eaDir", 1)
+    (root / "Thumbs.db").touch()
+    (root / "c.PDF").touch()
+    os.symlink("/dev/null", root / "d.jpg")
+    os.symlink("gone.jpg", root / "e.jpg")
+    listener = socket.socket(socket.AF_UNIX)
+    here = os.getcwd()
+    os.chdir(root)                                              # the path of a socket is short
+    listener.bind("f.jpg")
+    os.chdir(here)
+    source = open_dataset(str(root))
+    kinds = {".pdf": 1, "dead links": 1, "device": 1, "fifo": 2, "folder": 1, "socket": 1}
+    assert len(source) == 2 and source.skipped == kinds and "1 socket" in describe(source)
+    for pipe in (root / "a.jpg", root / "e.jpg"):
+        with pytest.raises(SystemExit, match="is no folder and no plain file|is a dead link"):
+            open_dataset(str(pipe))
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        for name, kind in (("x.jpg", tarfile.FIFOTYPE), ("y.jpg", tarfile.CHRTYPE), ("z.jpg", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            archive.addfile(member)
+        archive.add(root / "000.jpg", "000.jpg")
+    source = open_dataset(str(tmp_path / "set.tar"))
+    assert len(source) == 1 and source.skipped == {"fifo": 1, "device": 1, "folder": 1} and source.labels is None
+
+
+def test_a_dead_link_in_place_of_train(tmp_path):
+    write_images(tmp_path / "val" / "a", 2)
+    os.symlink("gone", tmp_path / "train")
+    with pytest.raises(SystemExit, match="train is a dead link"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix, package", [(".avif", "avif"), (".jfif", None), (".jpe", None), (".jp2", "jpg_2000"),
+                                             (".heic", "pillow_heif")])
+def test_suffixes(tmp_path, suffix, package):
+    if package == "pillow_heif":
+        pytest.importorskip(package).register_heif_opener()
+    elif package and not features.check(package):
+        pytest.skip(f"this Pillow has no {package}")
+    img = Image.new("RGB", (40, 40), (200, 30, 9))
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    img.save(tmp_path / "train" / "a" / f"0{suffix.upper()}")
+    tar(tmp_path / "x.tar", tmp_path)
+    for data in (tmp_path, tmp_path / "x.tar"):
+        pixels = decode(open_dataset(str(data)).read(0))
+        assert (pixels.float().mean((1, 2)) - torch.tensor([200, 30, 9])).abs().max() < 8
+
+
+def test_without_its_package_heic_is_left_out_with_its_name(tmp_path, monkeypatch):
+    write_images(tmp_path, 1)
+    (tmp_path / "a.HEIC").touch()
+    monkeypatch.setattr("images.datasets.SUFFIXES", tuple(s for s in SUFFIXES if not s.startswith(".hei")))
+    assert describe(open_dataset(str(tmp_path))).endswith("left out: 1 .heic (pip install pillow-heif reads it)")
+
+
+def test_an_index_of_other_suffixes_is_made_again(tmp_path, monkeypatch):
+    write_images(tmp_path / "set", 2)
+    write_images(tmp_path / "set", 1, suffix=".gif")
+    tar(tmp_path / "x.tar", tmp_path / "set")
+    with monkeypatch.context() as before:
+        before.setattr(tars, "SUFFIXES", (".png",))
+        assert len(open_dataset(str(tmp_path / "x.tar"))) == 2
+    assert len(open_dataset(str(tmp_path / "x.tar"))) == 3
+
+
+def deep_set(root, value, count=20, bands=0, kind=np.uint16):
+    """Files of `bands` (0: grey PNGs) below root, whose brightest value is `value`."""
+    root.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, value, (8, 8, bands or 1)).astype(kind)
+        pixels[0, 0] = value
+        if bands:
+            np.save(root / f"{i:02}.npy", pixels)
+        else:
+            Image.fromarray(pixels[..., 0]).save(root / f"{i:02}.png")
+
+
+def test_a_set_that_uses_little_of_its_range_is_named(tmp_path, capsys):
+    deep_set(tmp_path / "bit12", 4095)
+    deep_set(tmp_path / "bit16", 65535)
+    train_and_val(str(tmp_path / "bit12"), channels=1)
+    assert "bit12: the brightest of 16 images is 4095 of 65535: --bits 12 would use" in capsys.readouterr().out
+    train_and_val(str(tmp_path / "bit16"), channels=1)
+    assert not capsys.readouterr().out
+    train, _ = train_and_val(str(tmp_path / "bit12"), channels=1, bits=12)
+    assert not capsys.readouterr().out and train.value_range == (0, 4095)
+    crops = RandomCrops(train, (8, 8), 1, 0, (1.0, 1.0), "bicubic").__getitems__([(0, 0)])[0]
+    assert crops.max() == 255                                   # the options reach the workers
+    train_and_val(str(tmp_path / "bit12"), channels=1, bits=10)
+    assert "to 4095, cut off where not in (0, 1023)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bands, kind, options, words", [
+    (5, np.uint8, dict(channels=3), "00.npy cannot be read: its number of bands is 5, and --in-chans is 3"),
+    (1, np.float32, dict(channels=1), "00.npy cannot be read: its values are 32-bit floats of unknown range"),
+    (1, np.uint8, dict(bits=8, value_range=(0, 9)), "--bits and --value-range both"),
+    (1, np.uint8, dict(value_range=(9, 0)), "--value-range needs two numbers, the smaller first, not 9 0"),
+    (1, np.uint8, dict(value_range=(1,)), "--value-range needs two numbers")])
+def test_a_set_that_these_options_do_not_read_ends_the_run_at_once(tmp_path, bands, kind, options, words):
+    deep_set(tmp_path / "set", 200, 3, bands, kind)
+    with pytest.raises(SystemExit, match=re.escape(words)) as stop:
+        train_and_val(str(tmp_path / "set"), **options)
+    assert "\n" not in str(stop.value)
 
 
 def test_shapes():
@@ -279,7 +454,7 @@ def test_damaged_members_are_replaced_and_named(tmp_path):
     (tmp_path / "set" / "001.png").write_bytes(b"not an image")
     crops = RandomCrops(open_dataset(tar(tmp_path / "x.tar", tmp_path / "set")), (8, 8), 3, 0, (0.2, 1.0), "bicubic")
     imgs, _, failed = crops.__getitems__([(0, 1), (0, 2)])
-    assert torch.equal(imgs[0], imgs[1]) and len(failed) == 1 and failed[0].endswith("x.tar/001.png")
+    assert torch.equal(imgs[0], imgs[1]) and len(failed) == 1 and failed[0][0].endswith("x.tar/001.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -594,3 +769,39 @@ def test_commands_as_typed(large, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             packing.command_line(argv)
         assert stop.value.code == 2
+
+
+def test_inspect_measures_and_names(tmp_path, capsys):
+    """--stats prints options that statistics() takes, of what the network will see; a few black images count alike."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "set").mkdir()
+    for k in range(8):
+        pixels = rng.integers(0, 4096, (6, 4 + k, 5)).astype(np.uint16)
+        pixels[0, 0, 0] = 4095
+        np.save(tmp_path / "set" / f"{k}.npy", pixels * (k > 0))
+    argv = ["inspect", str(tmp_path / "set"), "--workers", "0", "--stats"]
+    assert not packing.command_line(argv)
+    out = capsys.readouterr().out
+    assert "8 5 bands" in out and "note: the brightest of 8 images is 4095 of 65535: --bits 12 would" in out
+    assert not packing.command_line([*argv, "--bits", "12"])
+    out = capsys.readouterr().out
+    found = re.search(r"of 8 images: --in-chans 5 --mean (.*) --std (.*)\n", out)
+    source = open_dataset(str(tmp_path / "set"))
+    images = [decode(source.read(i), 5, (0, 4095)).double().flatten(1) / 255 for i in range(8)]
+    mean = torch.stack([img.mean(1) for img in images]).mean(0)
+    square = torch.stack([(img ** 2).mean(1) for img in images]).mean(0)
+    for text, expected in zip(found.groups(), (mean, (square - mean ** 2) ** 0.5)):
+        torch.testing.assert_close(torch.tensor([float(x) for x in text.split()]).double(), expected, atol=1e-4, rtol=0)
+    assert "note" not in out
+
+
+def test_bands_are_not_packed_and_deep_grey_is_packed_by_its_range(tmp_path, capsys):
+    deep_set(tmp_path / "bands", 200, 3, bands=4, kind=np.uint8)
+    with pytest.raises(SystemExit, match="number of bands is 4.*; a packed set is of JPEGs, which have 8 bits and are"):
+        packing.command_line([str(tmp_path / "bands"), str(tmp_path / "x.tar"), "--workers", "0"])
+    deep_set(tmp_path / "deep", 4095)
+    for name, options, brightest in (("plain", [], 16), ("bits", ["--bits", "12"], 255)):
+        packing.command_line([str(tmp_path / "deep"), str(tmp_path / f"{name}.tar"), "--workers", "0", *options])
+        source = open_dataset(str(tmp_path / f"{name}.tar"))
+        assert abs(max(decode(source.read(i), 1).max().item() for i in range(20)) - brightest) < 9
+    assert "--bits 12 would use the whole range" in capsys.readouterr().out

@@ -383,7 +383,7 @@ def test_what_cannot_be_run_is_said(classes, tmp_path):
     write_images(alone / "train/a", 8)
     assert "has 1 classes and its val/ has 0" in refused("--data", alone, *TINY, "--out", out)
     write_images(alone / "val/b", 2)
-    assert "the same in both; in one only: a, b" in refused("--data", alone, *TINY, "--out", out)
+    assert "val has 1 classes that" in refused("--data", alone, *TINY, "--out", out)
     assert "--recipe: invalid choice: 'x'" in refused("--recipe", "x")
     assert "--smoothing must be at most" in refused("--smoothing", 1)
     assert "--distill-tau has no effect without --distill-teacher" in refused("--distill-tau", 2)

@@ -30,15 +30,15 @@ ENV = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THR
 # What a file of a room may import: the arrow points down only. Nothing imports a script (a file of the top level, of
 # more/ or dense/) but those named here.
 BASE = {"vit", "data", "images", "nets", "weights", "runtime"}
-MAY_IMPORT = {"vit": set(), "data": set(), "images": {"data", "images"}, "nets": {"vit", "nets"},
+MAY_IMPORT = {"vit": set(), "data": {"images"}, "images": {"data", "images"}, "nets": {"vit", "nets"},
               "weights": {"vit", "nets", "weights"}, "runtime": BASE, "tools": BASE | {"tools"}}
 LENT = {"mae.py": {"distill"}, "tools/pictures.py": {"mae"}}
 ANYTHING = {"tools/bench.py"}                                   # it compares them all
 
 # Lines of a file or folder at most. A number is raised in a commit of its own that says what a reader gets for it.
 BUDGET = {"mae.py": 300, "moco_v3.py": 290, "esvit.py": 400, "distill.py": 260, "finetune.py": 360, "probe.py": 400,
-          "vit.py": 420, "data.py": 230, "README.md": 250, "runtime": 970, "images": 1010, "weights": 550,
-          "tools": 1750}
+          "vit.py": 420, "data.py": 230, "README.md": 250, "runtime": 970, "images": 1330, "weights": 550,
+          "tools": 1795}
 EACH = {"more": 300, "dense": 300, "nets": 300, "docs/paste.md": 60}
 COMMENTED = ("vit.py", "mae.py", "moco_v3.py", "esvit.py", "distill.py")       # comments per line of code: 0.2 or more
 

@@ -535,7 +535,7 @@ def test_recipes():
 @pytest.mark.parametrize("args, words", [
     (["--model", "vit_huge"], "--model must be one of .*, not vit_huge"),
     (["--temperature", "0"], "--temperature must be above 0"), (["--momentum", "1.1"], "--momentum must be at most 1"),
-    (["--min-crop", "2"], "--min-crop must be at most 1"), (["--in-chans", "2"], "--in-chans.* 1, 3, 4"),
+    (["--min-crop", "2"], "--min-crop must be at most 1"), (["--in-chans", "2"], "bands is 3, and --in-chans is 2"),
     (["--interpolation", "cubic"], "--interpolation.*bicubic"),
     (["--batch-size", "1"], "--batch-size must be at least 2"), (["--accum", "3"], "does not divide"),
     (["--batch-size", "64"], "40 images, less than one"), (["--patch-size", "5"], "patches of 5 do not tile"),

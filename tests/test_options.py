@@ -43,7 +43,7 @@ def test_command_line():
 
 @pytest.mark.parametrize("argv, words", [
     (["--bach-size", "4"], "--bach-size"), (["--batch", "4"], "--batch"), (["--batch-size", "four"], "four"),
-    (["x"], "x"), (["--dtype", "fp8"], "fp8"), (["--pool", "mean"], "mean"), (["--in-chans", "2"], "2")])
+    (["x"], "x"), (["--dtype", "fp8"], "fp8"), (["--pool", "mean"], "mean"), (["--in-chans", "rgb"], "rgb")])
 def test_bad_command_lines_are_one_sentence(argv, words):
     with pytest.raises(SystemExit, match=words) as stop:
         command_line(*argv)
@@ -51,7 +51,8 @@ def test_bad_command_lines_are_one_sentence(argv, words):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--accum", "0"], "--accum must be at least 1, not 0"), (["--img-size", "8", "0"], "must be at least 1"),
+    (["--accum", "0"], "--accum must be at least 1, not 0"), (["--in-chans", "0"], "--in-chans must be at least 1"),
+    (["--bits", "33"], "--bits must be at most 32"), (["--img-size", "8", "0"], "must be at least 1"),
     (["--ratio", "-0.1"], "--ratio must be at least 0, not -0.1"), (["--ratio", "1.5"], "--ratio must be at most 1"),
     (["--temperature", "0"], "--temperature must be above 0, not 0"), (["--views", "2", "11"], "must be at most 10"),
     (["--ratio", "nan"], "--ratio must be at least 0, not nan"), (["--temperature", "nan"], "must be above 0"),

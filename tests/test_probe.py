@@ -289,6 +289,17 @@ def test_files_of_features(classes, encoder, tmp_path, capsys):
     assert "cls.npy (40, 24)" in capsys.readouterr().out and not list(tmp_path.glob("*.part"))
 
 
+def test_names_with_line_ends_are_one_line_a_row(encoder, tmp_path):
+    names = ["a\nb.png", "c\td.png", "e\\n.png", "f\r.png", "g\u2028h.png", "plain é.png"]
+    write_images(tmp_path / "set", 1)
+    for name in names:
+        (tmp_path / "set" / name).write_bytes((tmp_path / "set" / "000.png").read_bytes())
+    probe.main(["--init", str(encoder), "--data", str(tmp_path / "set"), "--protocol", "features", "--split", "train",
+                "--out", str(tmp_path / "out"), "--workers", "0"])
+    rows = (tmp_path / "out" / "names.txt").read_text().splitlines()
+    assert rows == ["000.png", r"a\nb.png", r"c\td.png", r"e\\n.png", r"f\r.png", r"g\u2028h.png", "plain é.png"]
+
+
 def test_a_swin_is_probed(classes, tmp_path, capsys):
     swin, path = tiny_swin(), tmp_path / "encoder.pt"
     torch.save(dict(method="esvit", config=dict(swin.config, mean=HALF, std=QUARTER), model=swin.state_dict()), path)
@@ -431,9 +442,9 @@ def test_bad_data_and_files(classes, encoder, tmp_path):
     torch.save(dict(config=vit.config, model=vit.state_dict()), tmp_path / "six.pt")
     for data, more, words in (
             ("bare", [], "bare has no images to evaluate on"), ("alone", [], "alone has no images to evaluate on"),
-            ("flat", [], "flat/val has no labels"), ("other", [], "differ in their classes, first b"),
+            ("flat", [], "flat/val has no labels"), ("other", [], "val has 1 classes that .*train lacks, first c"),
             (classes, ["--init", tmp_path / "resnet.pth"], "is no network known here"),
-            (classes, ["--init", tmp_path / "six.pt"], "sees 6 channels: images have 1, 3 or 4"),
+            (classes, ["--init", tmp_path / "six.pt"], "its number of bands is 3, and --in-chans is 6"),
             ("other/train", ["--protocol", "features"], "has no images to evaluate on"),
             (classes, ["--out", encoder], "cannot be written")):
         with pytest.raises(SystemExit, match=words):

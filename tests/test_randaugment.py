@@ -250,7 +250,7 @@ def test_a_crop_cut_out_of_its_image_and_an_unreadable_file(tmp_path, monkeypatc
     monkeypatch.setattr(data, "crop_box", lambda *_: (3, 5, 24, 24))        # of that size already: a view of the image
     crops, keys = AugmentedCrops(open_dataset(str(tmp_path)), (24, 24), 3, 1, (1.0, 1.0), "bicubic", 10, FILL), range(8)
     img, _, failed = crops.__getitems__([(e, 1) for e in keys])
-    assert len(failed) == 8 and "001.png" in failed[0]
+    assert len(failed) == 8 and "001.png" in failed[0][0]
     assert torch.equal(img, crops.__getitems__([(e, 2) for e in keys])[0])
     base = Image.open(tmp_path / "002.png").crop((3, 5, 27, 29))
     for u, crop in zip(uniforms(1, [(e, 2) for e in keys], crops.draws)[:, 23:], img):

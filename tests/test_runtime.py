@@ -644,9 +644,9 @@ def test_non_finite_steps(tmp_path):
 def test_unreadable_images(tmp_path, capsys):
     stop_check, log = stop_check_in(tmp_path)
     for _ in range(4):
-        assert stop_check(torch.tensor(0.0), ["x.jpg"], 64)[0] is None      # 1 in 64 is tolerated
-    assert capsys.readouterr().out.count("x.jpg cannot be read") == 1
-    verdicts = [stop_check(torch.tensor(0.0), [f"{i}.jpg" for i in range(32)], 64)[0] for _ in range(3)]
+        assert stop_check(torch.tensor(0.0), [("x.jpg", "cut short")], 64)[0] is None      # 1 in 64 is tolerated
+    assert capsys.readouterr().out.count("x.jpg cannot be read; another image takes its place (cut short)") == 1
+    verdicts = [stop_check(torch.tensor(0.0), [(f"{i}.jpg", "cut short") for i in range(32)], 64)[0] for _ in range(3)]
     assert verdicts[-1] == "unreadable"
     rows = [json.loads(line) for line in open(log.path)]
     assert [row["unreadable"] for row in rows if "unreadable" in row][:1] == ["x.jpg"]

@@ -33,7 +33,8 @@ from einops import rearrange
 import weights
 from data import decode, resize
 from images.augment import Colours, denormalize, draw_colours, normalize, recolour, statistics
-from images.datasets import describe, open_dataset, walk
+from images.datasets import describe, kind_left_out, look_over, open_dataset, walk
+from images.deep import as_range, reason
 from runtime.folder import write_atomic
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
 from runtime.probes import encoded
@@ -186,6 +187,8 @@ class Config:
     batch_size: int = opt(128, "images at a time; CKA leaves an incomplete last batch out", 1)
     workers: int | None = opt(None, "processes that decode images (default: one per core)", 0)
     download: bool = opt(False, "fetch --data if it is a torchvision set that is not there yet")
+    bits: int | None = opt(None, "values are 0 to 2^N-1 in files of more than 8 bits (default: their range)", 1, 32)
+    value_range: tuple[float, ...] | None = opt(None, "values that become black and white (default: the file's range)")
     patch_pixels: float | None = opt(None, "pixels of a patch's side, for distances (default: its own; paper: 14)", 0)
     pictures: tuple[str, ...] | None = opt(None, "image files, or folders of them; resized to --img-size (DINO: 480)")
     mass: float = opt(0.6, "share of a head's attention that its mask keeps", 0, 1)
@@ -241,8 +244,6 @@ def load(cfg, files):
     nets = []
     for path, label, heads in zip(files, per_file("names", cfg.names, files), per_file("heads", cfg.heads, files)):
         net = Net(path, heads, cfg.img_size, cfg.mean, cfg.std, print)
-        if net.channels not in (1, 3, 4):
-            fail(f"{path} sees {net.channels} channels: images have 1, 3 or 4")
         net.model.requires_grad_(False).to(device)
         net.label = label or label_of(path)
         net.file_name = re.sub("[^A-Za-z0-9._]+", "-", net.label)
@@ -266,6 +267,7 @@ def open_images(cfg, files, most):
     nets, device = load(cfg, files)
     *size, channels = image_shape(nets)
     source = open_dataset(cfg.data, "val", cfg.download) or open_dataset(cfg.data, "train", cfg.download)
+    look_over(source, channels, cfg.bits, cfg.value_range)
     print(describe(source))
     count = min(len(source), most or len(source))
     # With this mean and std the crops stay as they are: each network normalises them in its own way.
@@ -355,17 +357,21 @@ def maps(cfg, files):
     """What each head of the last block looks at in given images, and where --mass of it lies; widest heads first."""
     paths = []
     for given in cfg.pictures or ():
+        if os.path.exists(given) and not os.path.isdir(given) and not os.path.isfile(given):    # it would never end
+            fail(f"{given} is a {kind_left_out(given)}: files of images, or folders of them, were expected")
         paths += walk(given, Counter()) if os.path.isdir(given) else [given]
     if not paths:
         fail("--pictures is required: give image files, or folders that hold some")
     nets, device = load(cfg, files)
+    value_range = as_range(cfg.bits, cfg.value_range)
     stems = [Path(path).stem for path in paths]
     stems = [f"{stem}-{i}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems, 1)]
     for net, (path, stem) in itertools.product(nets, zip(paths, stems)):
         try:
-            img = resize(decode(Path(path).read_bytes(), net.channels), pair(net.model.config["img_size"]), "bicubic")
+            img = decode(Path(path).read_bytes(), net.channels, value_range)
+            img = resize(img, pair(net.model.config["img_size"]), "bicubic")
         except Exception as error:                              # damaged files raise nearly anything
-            fail(f"{path} cannot be read as an image: {' '.join(str(error).split())[:80] or 'it is empty'}")
+            fail(f"{path} cannot be read as an image: {reason(error)}")
         with value_errors_exit():
             a = last_attention(net.model, net.normalize(img.unsqueeze(0).to(device)), cfg.query).cpu()  # (H, h, w)
         share = a / a.sum((1, 2), keepdim=True)
@@ -534,7 +540,7 @@ def summary(cfg, files):
 
 
 # Command: what it does, its options, the least and the most files.
-NETWORKS = "out heads names img_size mean std device"
+NETWORKS = "out heads names img_size mean std device bits value_range"
 SET = f"{NETWORKS} data images batch_size workers download"
 COMMANDS = dict(cka=(cka, SET, 2, 2), attention=(attention, f"{SET} patch_pixels", 1, 99),
                 maps=(maps, f"{NETWORKS} pictures mass query show", 1, 99),

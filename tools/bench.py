@@ -28,6 +28,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -425,7 +426,8 @@ def input_rows(cfg, kinds=("ours", "textbook"), workers=None, crossed=True):
             calls = {kind: partial(batches_of, kind, cfg.sources[name], batch, skip + count, some, cfg.device)
                      for kind, name in zip(kinds, names)}
             spent, _ = in_turns(calls, cfg.pairs // 2 + 1, cfg.device, 0, partial(drain, skip=skip, count=count))
-            row = make_row(spent, batch * count, *kinds, workers=some, decoder=data.decoder())
+            package = "torchcodec" if data.decode_jpeg else "Pillow"
+            row = make_row(spent, batch * count, *kinds, workers=some, decoder=f"{package} {version(package)}")
             yield dict(zip(kinds, names)) | row
         data.decode_jpeg = best
 

@@ -3,6 +3,7 @@ Pack a set of images at training resolution into one plain tar, which is faster 
 
 python -m tools.pack SOURCE DEST.tar --short-side 256 --quality 90   then train on it with --data DEST.tar
 python -m tools.pack inspect SOURCE                                  counts, sizes, classes, images that cannot be read
+python -m tools.pack inspect SOURCE --stats                          also mean and deviation of each channel, to paste
 SOURCE is what --data may be (see images/datasets.py)
 """
 import argparse
@@ -16,14 +17,16 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, Dataset
 
-from data import cores, decode, load, open_image, to_channels
-from images.datasets import describe, open_dataset
+from data import JPEG, PLAIN, cores, decode, load, open_image, to_channels
+from images.datasets import describe, look_over, open_dataset
+from images.deep import as_range, extremes, reason, remarks, upright_array
 from runtime.run import launch
 
 NOTE_EVERY = 5                                                  # seconds between notes of how far a pack is good
@@ -64,16 +67,34 @@ def splits_of(a):
     return {split: source for split, source in sources.items() if source is not None}
 
 
-def look_at(source, i):
-    """Decode one image -> its kind, width, height and bytes; or one string that says why it cannot be read."""
+def look_at(source, i, stats=False):
+    """Decode one image -> its kind, width, height, bytes, extremes, means of its channels and of their squares (with
+    stats); or one string that says why it cannot be read."""
     try:
         data = source.read(i)
-        img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        decode(data)
-        return f"{img.format or 'pixels'} {img.mode}", *img.size, len(data) if isinstance(data, bytes) else 0
+        img = open_image(data, source.value_range)
+        size = len(data) if isinstance(data, bytes) else 0
+        pixels = img if isinstance(img, np.ndarray) else upright_array(img)                     # (h, w, C)
+        kind = f"{pixels.shape[2]} bands"
+        if isinstance(img, Image.Image):
+            with suppress(UnidentifiedImageError):              # some TIFFs that tifffile reads
+                raw = Image.open(io.BytesIO(data)) if size else img
+                kind = f"{raw.format or 'pixels'} {raw.mode}"
+        plain = not size or PLAIN.match(data)
+        found = (int(pixels.min()), int(pixels.max()), 255, False) if plain else extremes(data)
+        share = pixels.reshape(-1, pixels.shape[2]) / 255 if stats else np.zeros((1, 1))
+        return kind, *pixels.shape[1::-1], size, found, share.mean(0), (share ** 2).mean(0)
     except Exception as error:                                  # damaged files raise almost anything
-        first_line = (str(error).splitlines() or [type(error).__name__])[0].split(" <_io")[0]
-        return f"{source.name(i)}: {first_line}"
+        return f"{source.name(i)}: {reason(error)}"
+
+
+def print_stats(good):
+    """Print the options for mean and deviation of each channel, in which every image counts alike."""
+    channels = Counter(len(row[5]) for row in good).most_common(1)[0][0]
+    rows = [row[5:] for row in good if len(row[5]) == channels]
+    mean, square = np.mean(rows, axis=0)
+    mean, std = (" ".join(f"{x:.4f}" for x in values) for values in (mean, (square - mean ** 2).clip(1e-8) ** 0.5))
+    print(f"  of {len(rows):,} images: --in-chans {channels} --mean {mean} --std {std}")
 
 
 def inspect(a):
@@ -81,7 +102,8 @@ def inspect(a):
     bad = []
     for split, source in splits_of(a).items():
         print(f"{split}: {describe(source)}")
-        rows = list(with_progress(Entries([Worked(look_at, source)]), a.workers))
+        source.value_range = as_range(a.bits, a.value_range)
+        rows = list(with_progress(Entries([Worked(look_at, source, a.stats)]), a.workers))
         bad += [row for row in rows if isinstance(row, str)]
         good = [row for row in rows if not isinstance(row, str)]
         if good:
@@ -91,6 +113,10 @@ def inspect(a):
                   f"pixels, median {median[1]}; {sum(row[3] for row in good) / 2 ** 20:,.1f} MB")
             kinds = Counter(row[0] for row in good)
             print("  " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()))
+            for line in remarks([row[4] for row in good], source.value_range):
+                print(f"  note: {line}")
+            if a.stats:
+                print_stats(good)
         if source.classes:
             counts = np.bincount(source.labels, minlength=len(source.classes))
             few, many = counts.argmin(), counts.argmax()
@@ -107,24 +133,25 @@ def packed_name(source, i, folder):
 
 
 def smaller(source, i, folder, short_side, quality):
-    """-> name in the packed tar, bytes of a JPEG (None: unreadable). A JPEG that is small enough goes over as it is."""
+    """-> name in the packed tar, bytes of a JPEG; or name, why it is unreadable. A small JPEG goes over as it is."""
     name = packed_name(source, i, folder)
     try:
         data = source.read(i)
-        img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        fits = min(img.size) <= short_side
-        if fits and img.format == "JPEG" and img.mode in ("L", "RGB") and img.getexif().get(0x0112, 1) == 1:
+        img = open_image(data, source.value_range)
+        raw = Image.open(io.BytesIO(data)) if isinstance(data, bytes) and data.startswith(JPEG) else None
+        fits = isinstance(img, np.ndarray) or min(img.size) <= short_side
+        if fits and raw and raw.mode in ("L", "RGB") and raw.getexif().get(0x0112, 1) == 1 and not source.value_range:
             decode(data)
             return name, data
-        img = to_channels(open_image(img), 1 if img.mode in ("1", "L") else 3)
+        img = to_channels(img, 3 if isinstance(img, np.ndarray) or img.mode not in ("1", "L") else 1)
         if not fits:
             share = short_side / min(img.size)
             img = img.resize([max(short_side, round(side * share)) for side in img.size], Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         img.save(buffer, "JPEG", quality=quality)
         return name, buffer.getvalue()
-    except Exception:                                           # damaged files raise almost anything
-        return source.name(i), None
+    except Exception as error:                                  # damaged files raise almost anything
+        return source.name(i), reason(error)
 
 
 def pack(a):
@@ -137,6 +164,11 @@ def pack(a):
     if a.short_side < 1 or not 1 <= a.quality <= 100:
         raise SystemExit(f"--short-side is at least 1 and --quality 1 to 100, not {a.short_side} and {a.quality}")
     sources = splits_of(a)
+    for source in sources.values():
+        try:
+            look_over(source, 3, a.bits, a.value_range)
+        except SystemExit as stop:
+            raise SystemExit(f"{stop}; a packed set is of JPEGs, which have 8 bits and are grey or RGB") from None
     parted = len(sources) > 1 or sources["train"].classes is not None
     parts = [(source, f"{split}/" if parted else "") for split, source in sources.items()]
     entries = Entries([Worked(smaller, source, folder, a.short_side, a.quality) for source, folder in parts])
@@ -145,7 +177,8 @@ def pack(a):
     if count > 1:
         raise SystemExit(f"two images would both be {name} in {a.dest}: rename one of them and pack again")
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-    settings = dict(format=1, names=digest, images=len(names), short_side=a.short_side, quality=a.quality)
+    settings = dict(format=1, names=digest, images=len(names), short_side=a.short_side, quality=a.quality,
+                    value_range=a.value_range or a.bits)
     for split, source in sources.items():
         print(f"{split}: {describe(source)}")
     left_out = write_part(a.dest, entries, settings, a.workers)
@@ -223,9 +256,9 @@ def write_tar(f, note, state, entries, workers):
         try:
             for name, data in with_progress(entries, workers, state["done"]):
                 left_out = state["left_out"]
-                if data is None:
+                if isinstance(data, str):
                     left_out = [*left_out, name]
-                    print(f"warning: {name} cannot be read and is left out", flush=True)
+                    print(f"warning: {name} cannot be read and is left out ({data})", flush=True)
                 else:
                     info = tarfile.TarInfo(name)                # no dates, no owners: the same images, the same bytes
                     info.size = len(data)
@@ -247,7 +280,11 @@ def command_line(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.pack", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="what --data may be")
-    if not looking:
+    parser.add_argument("--bits", type=int, choices=range(1, 33), metavar="N", help="values are 0 to 2^N-1")
+    parser.add_argument("--value-range", type=float, nargs=2, metavar=("LO", "HI"), help="what is black, what is white")
+    if looking:
+        parser.add_argument("--stats", action="store_true", help="measure mean and deviation of each channel")
+    else:
         parser.add_argument("dest", help="the tar to write")
         parser.add_argument("--short-side", type=int, default=256, help="pixels [256]; smaller images stay as they are")
         parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100 [90]")

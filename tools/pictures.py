@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from images.augment import statistics
-from images.datasets import open_dataset
+from images.datasets import look_over, open_dataset
 from mae import MAE, draw
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
 from runtime.run import launch
@@ -80,13 +80,14 @@ def main(argv):
     source = first(cfg.images, stored.get("data"))
     if source is None:
         fail(f"{path} does not say what it was trained on: give --images FOLDER")
-    images = open_dataset(source, "val")
+    images = open_dataset(source, "val") or open_dataset(source)
+    look_over(images, model.config["in_chans"], stored.get("bits"), stored.get("value_range"))
     target = os.path.join(cfg.out, "recon.png")
     try:
         os.makedirs(cfg.out, exist_ok=True)
     except OSError as error:
         fail(f"--out {cfg.out} cannot be written: {error}")
-    if not draw(model, open_dataset(source) if images is None else images, mean, std, target, cfg.count):
+    if not draw(model, images, mean, std, target, cfg.count):
         raise SystemExit(1)                                     # the reason has been printed
     print(f"drew {target}")
 
