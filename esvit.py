@@ -27,7 +27,7 @@ from images.multicrop import MultiCrops, crop_groups
 from runtime.options import NetworkOptions, ProbeOptions, fail, opt, parse, value_errors_exit, vit_config
 from runtime.run import Run, decay_groups, launch, print_rank0
 from vit import SWINS, Swin, ViT
-from weights import load_into, read
+from weights import init_mlp_ratio, load_into, read
 
 
 @dataclass
@@ -322,7 +322,8 @@ def make_model(cfg, groups):
     nets = []
     for drop_path in (cfg.drop_path, 0.0):                      # only the student drops paths
         if cfg.model in SWINS:
-            backbone = Swin(**dict(SWINS[cfg.model], **size, window=cfg.window, drop_path=drop_path))
+            ratio = init_mlp_ratio(cfg.init) if cfg.init else 4.0
+            backbone = Swin(**dict(SWINS[cfg.model], **size, window=cfg.window, mlp_ratio=ratio, drop_path=drop_path))
         else:
             backbone = ViT(**vit_config(cfg), positions="learned", resize_offset=0.1, drop_path=drop_path)
         nets.append(Network(backbone, cfg.prototypes, cfg.region_weight > 0, hidden=cfg.head_hidden,

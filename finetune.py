@@ -33,7 +33,7 @@ from runtime.options import TrainingOptions, fail, opt, value_errors_exit
 from runtime.probes import encoded
 from runtime.run import DTYPES, Run, launch, print_rank0, setup, warmup_cosine
 from vit import MODELS, SWINS, Swin, pair
-from weights import encoder_options, layer_of, load_classifier, load_into, read, summary, swin_options
+from weights import encoder_options, init_mlp_ratio, layer_of, load_classifier, load_into, read, summary, swin_options
 
 # Published values, but for "small", which is ours (results/finetune-cifar10). Every row stands on the one it names.
 IMPROVED = dict(epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw", blr=1e-3, weight_decay=0.05,
@@ -107,7 +107,7 @@ class Config(TrainingOptions):
 def make_classifier(cfg, classes):
     """A classifier as fine-tuning starts it, before any file is read."""
     shape = dict(img_size=cfg.img_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, num_classes=classes,
-                 drop_path=cfg.drop_path)
+                 drop_path=cfg.drop_path, mlp_ratio=init_mlp_ratio(cfg.init) if cfg.init else 4.0)
     with value_errors_exit():
         if cfg.model in SWINS:
             eps = swin_options(read(cfg.init))["eps"] if cfg.init else 1e-6     # official supervised files: 1e-5

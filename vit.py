@@ -357,7 +357,7 @@ class Swin(nn.Module):
     """Swin transformer: image -> map of tokens, halved and twice as wide at each stage -> one feature vector -> logits.
 
     img_size      decides windows and shifts for good, whatever is seen later: a stage whose map is no larger than the
-                  window has one window of the map's size, and no shift
+                  window has windows of the map's size, and no shift. Here maps are halved and rounded down
     dim           width of the first stage; it doubles from stage to stage. depths, heads: of each stage
     eps           of every norm: EsViT's 1e-6; official supervised weights want 1e-5
     """
@@ -374,12 +374,14 @@ class Swin(nn.Module):
         self.patch_embed.norm = nn.LayerNorm(dim, eps=eps)
         rates = iter([drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)])
         self.layers = nn.ModuleList()
-        for stage, (grid, depth, h) in enumerate(zip(self.maps(*pair(img_size)), depths, heads, strict=True), 1):
-            side, shift = (min(grid), 0) if min(grid) <= window else (window, window // 2)
+        patches = min(self.maps(*pair(img_size))[0])
+        for stage, (depth, h) in enumerate(zip(depths, heads, strict=True)):
+            nominal = max(1, patches >> stage)                  # rounded down as published, though the maps are not
+            side, shift = (nominal, 0) if nominal <= window else (window, window // 2)
             blocks = [SwinBlock(dim, h, side, shift * (i % 2), mlp_ratio, next(rates), eps)
                       for i in range(depth)]                    # every other block moves its windows
             self.layers.append(nn.ModuleDict(dict(blocks=nn.ModuleList(blocks))))
-            if stage < self.stages:
+            if stage < self.stages - 1:
                 self.layers[-1]["downsample"] = PatchMerging(dim, eps)
                 dim *= 2
         self.width, self.norm = dim, nn.LayerNorm(dim, eps=eps)

@@ -7,12 +7,12 @@ import operator
 import os
 import re
 import sys
-import types
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
 from vit import MODELS, SWINS
+from weights import init_mlp_ratio
 
 
 def fail(message):
@@ -113,7 +113,7 @@ def read_command_line(Config, doc, argv=None, recipe=()):
     hints, shared = typing.get_type_hints(Config), {f.name for f in fields(TrainingOptions)}
     for f in sorted(fields(Config), key=lambda f: f.name in shared):        # a method's own options come first
         kind = hints[f.name]
-        if isinstance(kind, types.UnionType):                               # `int | None` reads an int
+        if type(None) in typing.get_args(kind):                             # `int | None` reads an int
             kind = typing.get_args(kind)[0]
         default = recipe[f.name] if f.default is None and f.name in recipe else f.default
         text = f.metadata["help"] if default is None else f"{f.metadata['help']} [{default}]"
@@ -185,6 +185,6 @@ def parse(Config, name, doc, recipes, demo, argv=None):
 
 
 def vit_config(cfg):
-    """The options of the ViT that a config asks for."""
+    """The options of the ViT that a config asks for. Its MLPs are as wide as those in the file of --init."""
     return dict(MODELS[cfg.model], heads=cfg.heads, patch_size=cfg.patch_size, img_size=cfg.img_size,
-                in_chans=cfg.in_chans)
+                in_chans=cfg.in_chans, mlp_ratio=init_mlp_ratio(cfg.init) if cfg.init else 4.0)

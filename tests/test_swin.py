@@ -231,6 +231,32 @@ def test_any_size_and_channels():
         small(heads=(3, 4))
 
 
+@pytest.mark.parametrize("window", [7, 14])
+@pytest.mark.parametrize("size", [80, 96, 112, 144, 176, 208, 224, 240, (112, 176), 448])
+def test_windows_are_those_of_the_official_code(size, window):
+    """Decided by maps of patches // 2**stage, as swin_transformer.py and EsViT's have it; the maps that tokens lie on
+    are rounded up, because merging pads."""
+    with torch.device("meta"):
+        model = Swin(size, window=window, depths=(2, 2, 2, 2))
+    grid = min(pair(size)) // 4
+    for stage, layer in enumerate(model.layers):
+        resolution = grid // (2 ** stage)
+        side, shift = window, window // 2
+        if resolution <= window:
+            side, shift = resolution, 0
+        assert [(block.attn.side, block.attn.shift) for block in layer.blocks] == [(side, 0), (side, shift)]
+        assert min(model.maps(*pair(size))[stage]) == -(-grid // 2 ** stage)
+
+
+def test_windows_at_112():
+    assert [layer.blocks[0].attn.side for layer in Swin(112, window=14).layers] == [14, 14, 7, 3]
+    assert [layer.blocks[0].attn.side for layer in Swin(240).layers] == [7, 7, 7, 7]
+    assert [layer.blocks[1].attn.shift for layer in Swin(240).layers] == [3, 3, 3, 0]   # a map of 8, taken for 7
+    model = small(img_size=14, depths=(1, 1, 1), heads=(2, 2, 2), window=8)                     # 7, 4 and 2 tokens
+    assert [layer.blocks[0].attn.side for layer in model.layers] == [7, 3, 1]
+    assert model(torch.randn(1, 3, 14, 14)).shape == (1, 64)
+
+
 def test_tokens_after_each_block():
     model, img = small(), torch.randn(2, 3, 24, 20)
     outputs = model.block_outputs(img)

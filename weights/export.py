@@ -9,29 +9,28 @@ import argparse
 import importlib.util
 import json
 import os
-import struct
+import shutil
 import sys
 
+import numpy as np
 import torch
 
 from nets.beit import BeitViT, TwoHeads
 from vit import Swin
-from weights.reading import TYPES, load_classifier, read, refuse, summary
+from weights.reading import import_safetensors, load_classifier, read, refuse, summary
 
 # timm's entries of these widths, depths and patches. Any other shape is a ViT-Base with every option overridden.
 TIMM = {(192, 12, 16): "vit_tiny_patch16_224", (384, 12, 16): "vit_small_patch16_224",
         (1024, 24, 16): "vit_large_patch16_224", (1280, 32, 14): "vit_huge_patch14_224"}
 
-# How a file's name ends when --out does not say.
-ENDINGS = dict(timm="-timm", safetensors=".safetensors", onnx=".onnx")
+ENDINGS = dict(timm="-timm", safetensors=".safetensors", onnx=".onnx")          # of a file's name, without --out
 
 
 def facts_of(weights, model):
-    """What must not get lost beside the tensors. mean and std, where not stored, are ImageNet's, or 0 and 1 where the
-    channels are not three."""
+    """What must not get lost beside the tensors. mean and std, if not stored: ImageNet's, or 0 and 1 if not RGB."""
     channels = model.config["in_chans"]
-    facts = {k: model.config[k] for k in ("heads", "window", "img_size", "num_classes", "eps") if k in model.config}
-    facts["pool"] = model.pool
+    kept = ("heads", "window", "img_size", "num_classes", "eps")
+    facts = dict({k: model.config[k] for k in kept if k in model.config}, pool=model.pool)
     facts["mean"] = (0.485, 0.456, 0.406) if channels == 3 else (0.0,) * channels
     facts["std"] = (0.229, 0.224, 0.225) if channels == 3 else (1.0,) * channels
     for name in ("method", "mean", "std", "classes", "resize_offset", "final_norm"):
@@ -41,21 +40,13 @@ def facts_of(weights, model):
 
 
 def write_safetensors(path, state, facts):
-    """8 bytes that count the header; the header in JSON: facts as strings, each tensor's type, shape and place; then
-    the tensors, wide types first, so that all are aligned."""
-    facts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
-    header, end = {"__metadata__": {"format": "pt", **facts}}, 0
-    names = {dtype: name for name, dtype in TYPES.items()}
-    state = dict(sorted(state.items(), key=lambda item: -item[1].element_size()))
-    for name, t in state.items():
-        begin, end = end, end + t.nbytes
-        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for t in state.values():
-            f.write(t.flatten().view(torch.uint8).numpy())
+    """All tensors in one file, and the facts as strings in its metadata."""
+    package = import_safetensors()
+    facts = {k: v if isinstance(v, str) else json.dumps(v, default=np.generic.item) for k, v in facts.items()}
+    try:
+        package.torch.save_file({k: t.contiguous() for k, t in state.items()}, path, {"format": "pt", **facts})
+    except package.SafetensorError as error:                    # a full disk, say
+        raise OSError(str(error)) from None
 
 
 def unfit_for_timm(model):
@@ -65,8 +56,10 @@ def unfit_for_timm(model):
         return "two heads"
     if c["eps"] != (1e-5 if swin else 1e-6):
         return f"an eps of {c['eps']}"
-    if swin and any(h != w and min(h, w) <= c["window"] for h, w in model.maps(*c["img_size"])):
-        return "a map that is not square and no larger than a window"           # timm would cut it otherwise
+    for (h, w), layer in zip(model.maps(*c["img_size"]), model.layers) if swin else ():
+        side = layer.blocks[0].attn.side                        # timm rolls before it pads, and cuts other windows
+        if (h, w) != (side, side) and (side < c["window"] or h % side or w % side or side in (h, w)):
+            return f"a map of {h} x {w} tokens and windows of {side}"
     return None
 
 
@@ -99,7 +92,7 @@ def write_timm(path, model, facts):
         config["label_names"] = facts["classes"]
     os.makedirs(path, exist_ok=True)
     with open(os.path.join(path, "config.json"), "w") as f:
-        json.dump(config, f, indent=2)
+        json.dump(config, f, indent=2, default=np.generic.item)
     write_safetensors(os.path.join(path, "model.safetensors"), state, facts)
 
 
@@ -117,9 +110,8 @@ def write_onnx(path, model, facts):
 
 
 def export(path, to, out=None, heads=None):
-    """Write the encoder of any readable file, or its classifier if it has a head, as "timm", "safetensors" or "onnx",
-    and say what. out: default FILE with another ending; written beside, then renamed; what exists is refused. Returns
-    where it is."""
+    """Write the encoder of any readable file, or its classifier if it has a head, as "timm", "safetensors" or "onnx".
+    out: default FILE with another ending; written beside, then renamed; what exists is refused. Returns where it is."""
     if to == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise SystemExit("--to onnx needs the packages onnx and onnxscript: pip install '.[onnx]'")
     weights = read(path)
@@ -133,17 +125,18 @@ def export(path, to, out=None, heads=None):
         refuse(weights.path, f"has {unfit}, which timm does not support: use --to safetensors or onnx")
     if to == "onnx" and sum(t.nbytes for t in state.values()) >= 2 ** 31:
         refuse(weights.path, "has more weights than the 2 GiB that one ONNX file can hold")
+    half = f"{out}.tmp"
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        if to == "timm":
-            write_timm(f"{out}.tmp", model, facts)
-        elif to == "onnx":
-            write_onnx(f"{out}.tmp", model, facts)
-        else:
-            write_safetensors(f"{out}.tmp", state, facts)
-        os.rename(f"{out}.tmp", out)
-    except OSError as error:
-        refuse(out, f"cannot be written: {error}")
+        write = dict(timm=write_timm, onnx=write_onnx, safetensors=write_safetensors)[to]
+        write(half, state if to == "safetensors" else model, facts)
+        os.rename(half, out)
+    except (OSError, RuntimeError) as error:
+        refuse(out, f"cannot be written: {str(error).split(chr(10))[0]}")
+    finally:                                                    # what is there now is not whole
+        shutil.rmtree(half, ignore_errors=True)
+        if os.path.isfile(half):
+            os.remove(half)
     size = " x ".join(map(str, c["img_size"]))
     usual = "" if weights.config.get("mean") else " (not stored: the usual)"
     print(f"{weights.path} -> {out}: width {model.width}, {model.depth} layers, {c['heads']} heads, patches of "

@@ -8,14 +8,16 @@ import json
 import math
 import os
 import re
-import struct
+import zipfile
 from collections import namedtuple
+from numbers import Integral
 
 import numpy as np
 import torch
 
-from nets.beit import BeitViT, TwoHeads, resize_relative
-from vit import Swin, ViT, pair, resize_positions
+from nets import shapes
+from nets.beit import TwoHeads
+from vit import pair, resize_positions
 
 # state: tensors by published names; config: the options that the file stores, maybe none; layout: where it all was
 Weights = namedtuple("Weights", "state config layout path")
@@ -27,13 +29,8 @@ SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(c)) for c in "?bBhHiIlLqQe
 # Heads leave no trace in the shapes of tensors. These widths have one published answer; 192 and 384 have two.
 HEADS = {768: 12, 1024: 16, 1280: 16}
 
-# What safetensors calls the types.
-TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-             I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
-
-# What a file may lack: a task's own layers, and what relative positions and layer scale add to a plain network.
-FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_token|"
-                   r".*\.(gamma_[12]|[qv]_bias|relative_position_bias_table)$")
+# Parts of names that stand before the weights of the one network that is meant, where a file holds several.
+OUTER = {"module", "_orig_mod", "base_encoder", "backbone", "model", "encoder"}
 
 
 def refuse(path, reason):
@@ -57,6 +54,25 @@ def digest(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def damage_in(path):
+    """Compare a file with the checksums that torch.save stores in it -> what is damaged, in words, or None. torch.load
+    does not look at them. None also for the kinds of file that have none: older torch.save's, and safetensors."""
+    with open(path, "rb") as f:
+        if f.read(4) != b"PK\x03\x04":
+            return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            records = file.infolist()
+            if not any(record.CRC for record in records):       # saved with set_crc32_options(False)
+                return None
+            # Torch reads something else where a file is marked as a folder, or where its two sizes are not the same.
+            wrong = [r.filename for r in records if not r.is_dir() and not r.compress_type
+                     and (r.external_attr & 16 or r.file_size != r.compress_size)] or [file.testzip()]
+    except Exception as error:                                  # damage shows as zip, struct, zlib or unicode errors
+        return f"its list of contents cannot be read ({type(error).__name__})"
+    return wrong[0] and f"the size or the checksum of {wrong[0]!r} is wrong"
+
+
 def load_file(path):
     """Load any .pt, .pth, .tar or .safetensors file as plain data. SystemExit if absent, damaged or holding code."""
     if not os.path.exists(path):
@@ -64,39 +80,56 @@ def load_file(path):
     try:
         if path.endswith(".safetensors"):
             return read_safetensors(path)
+        damage = damage_in(path)
+        if damage:
+            refuse(path, f"is damaged: {damage}; copy or download it again")
         with torch.serialization.safe_globals(SAFE):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                  # damage shows as zip, pickle, EOF or unicode errors
+    except Exception as error:                                  # other damage shows as pickle, EOF or unicode errors
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             refuse(path, f"is refused, because loading it would run code ({code[1]}): re-save it as plain tensors")
         refuse(path, f"cannot be read: it is damaged or no checkpoint ({type(error).__name__})")
 
 
+def import_safetensors():
+    """The package, which is imported only where a file needs it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise SystemExit("safetensors files need the package safetensors: pip install '.[safetensors]'") from None
+    return safetensors
+
+
 def read_safetensors(path):
     """The tensors, and the metadata under "config": strings in the file, numbers and lists here where they are JSON."""
-    with open(path, "rb") as f:
-        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
-        body = torch.frombuffer(bytearray(f.read()), dtype=torch.uint8)
-    config = {}
-    for name, text in header.pop("__metadata__", {}).items():
+    with import_safetensors().safe_open(path, "pt") as file:
+        tensors, config = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    for name, text in config.items():
         try:
             config[name] = json.loads(text)
         except ValueError:
-            config[name] = text
-    tensors = {name: body[slice(*t["data_offsets"])].clone().view(TYPES[t["dtype"]]).view(t["shape"])
-               for name, t in header.items()}
+            pass                                                # it is text
     return {**tensors, "config": config, "method": config.get("method")}
 
 
-def config_of(file):
-    """The options that a loaded file stores, and the method that made it, or None."""
-    config = file.get("config") or file.get("args")
-    config = vars(config) if isinstance(config, argparse.Namespace) else config
-    config = {**config} if isinstance(config, dict) else {}
+def config_of(path, file):
+    """The options that a loaded file stores, and the method that made it, or None. SystemExit for what is none."""
+    config = {}
+    for place in ("args", "config"):                            # the second one wins
+        found = file.get(place)
+        found = vars(found) if isinstance(found, argparse.Namespace) else found
+        if not isinstance(found, (dict, type(None))):
+            refuse(path, f"stores its options under {place!r} as a {type(found).__name__}, and a dict was expected")
+        config |= found or {}
     if "readout" in config:                                     # what earlier files call the pool
         config["pool"] = config.pop("readout")
-    return {**config, "method": file.get("method")}
+    config["method"] = file.get("method")
+    for name in shapes.STORED:
+        expected = shapes.wrong_option(name, config.get(name))
+        if expected:
+            refuse(path, f"stores {name} as {str(config[name])[:60]!r}, and {expected} expected")
+    return config
 
 
 def read(path, key=None):
@@ -110,35 +143,50 @@ def read(path, key=None):
     file = load_file(path)
     if not isinstance(file, dict):
         refuse(path, f"is no checkpoint: it holds a {type(file).__name__}")
-    places = [name for name in (key, "model", "state_dict", "teacher", "student") if name in file]
+    places = [name for name in (key, "model", "state_dict", "teacher", "student") if isinstance(file.get(name), dict)]
     state = file[places[0]] if places else file
-    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
-    keys = ", ".join(map(str, list(file)[:8]))
-    if not state:
-        refuse(path, f"holds no weights: its keys are {keys}")
-    layout = [f"under {places[0]!r}" if places else "a bare state dict"]
+    keys = ", ".join(repr(k)[:60].strip("'") for k in list(file)[:8])
+    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not named or not any(isinstance(v, torch.Tensor) for v in state.values()):
+        refuse(path, f"holds no weights by name: its keys are {keys}")
+    prefix = prefix_of(path, state, "" if key in places else key, keys)
+    # DINO's heads stand beside its backbone, and are kept. ls1.gamma is what timm and DINOv2 call BEiT's gamma_1.
+    outer = re.sub(r"(^|\.)backbone\.$", r"\1", prefix)
+    state = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", k.removeprefix(prefix).removeprefix(outer)): v
+             for k, v in state.items() if k.startswith((prefix, f"{outer}head.", f"{outer}head_dense."))}
 
-    inner = ["base_encoder.", "backbone.", "model.", "encoder."]
-    if key and key not in file:                                 # then it is a prefix: MoCo's "momentum_encoder"
-        inner = [f"{key}."]
-        if not any(f"{outer}{key}.patch_embed.proj.weight" in state for outer in ("", "module.")):
-            refuse(path, f"has nothing called {key!r}: its keys are {keys}")
-    # Only whole prefixes count: "model." inside a name would also hit MAE-Lite's teacher, "tch_model.".
-    for prefix in ("module.", "_orig_mod.", *inner):
-        if all(k.startswith(prefix) for k in state) or prefix + "patch_embed.proj.weight" in state:
-            heads = ("head.", "head_dense.") if prefix == "backbone." else ()                   # DINO's, beside it
-            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith((prefix, *heads))}
-            layout.append(f"behind {prefix!r}")
-
+    layout = f"under {places[0]!r}" if places else "a bare state dict"
+    weights = Weights(state, config_of(path, file), layout + (prefix and f", behind {prefix!r}"), path)
     if "dist_token" in state:
         refuse(path, "has a distillation token: DeiT's distilled networks are not supported, use the plain DeiT file")
-    if "patch_embed.proj.weight" not in state:
+    for part in () if is_swin(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
+        if not any(k.startswith(part.split()[0]) for k in state):
+            refuse(path, f"is no plain vision transformer and no Swin: it has no {part}, and holds {summary(state)}")
+    return weights._replace(state=checked_tensors(path, state))
+
+
+def prefix_of(path, state, key, keys):
+    """What stands before a network's names: "module.backbone.", say. key: a part of it; keys: what the file has."""
+    found = [k.removesuffix("patch_embed.proj.weight") for k in state if f".{k}".endswith(".patch_embed.proj.weight")]
+    if not found:
         refuse(path, f"is no network known here: no patch_embed.proj.weight, but {', '.join(list(state)[:3])}, ...")
-    weights = Weights(state, config_of(file), ", ".join(layout), path)
-    is_vit = "pos_embed" in state and any(k.startswith("blocks.") for k in state)
-    if not is_vit and not is_swin(weights):
-        refuse(path, f"is no plain vision transformer and no Swin: it holds {summary(state)}")
-    return weights
+    fitting = [prefix for prefix in found if not key or f".{key}." in f".{prefix}"]
+    if not fitting:
+        refuse(path, f"has nothing called {key!r}: its keys are {keys}")
+    usual = [prefix for prefix in fitting if set(prefix.split(".")[:-1]) <= OUTER]
+    fitting = usual if len(usual) == 1 else fitting             # the others are teachers, averages, ...
+    if len(fitting) > 1:
+        refuse(path, f"holds several networks: give {path}:KEY with one of {', '.join(p[:-1] for p in fitting if p)}")
+    return fitting[0]
+
+
+def checked_tensors(path, state):
+    """A state dict without what is no tensor. SystemExit for what cannot be a weight."""
+    for name, value in state.items():
+        flaw = shapes.wrong_tensor(name, value)
+        if flaw:
+            refuse(path, f"holds {flaw}")
+    return {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
 
 
 def summary(names):
@@ -161,6 +209,16 @@ def mlp_ratio_of(weights, block="blocks.0"):
     return ratio if int(dim * ratio) == rows else math.nextafter(ratio, math.inf)               # 49 * (1 / 49) < 1
 
 
+def depth_of(weights, stem, dim):
+    """Count the blocks `stem`.0, `stem`.1, ... SystemExit when a number is left out or a block's weights are not for
+    `dim` channels: so the network that is built from this is not much larger than the file."""
+    numbers = {found[1] for found in (re.match(rf"{stem}\.([0-9]+)\.", name) for name in weights.state) if found}
+    for name in [f"{stem}.{n}.{part}.weight" for n in range(len(numbers)) for part in ("attn.qkv", "mlp.fc1")]:
+        if name not in weights.state or weights.state[name].shape[1:] != (dim,):
+            refuse(weights.path, f"has no {name} of width {dim}: it is another network, or only a part of one")
+    return len(numbers)
+
+
 def vit_options(weights, heads=None, flag="--heads"):
     """The options of ViT, or of BeitViT, that a file shows. heads, if given (by the option `flag`), wins over those
     stored. SystemExit when nothing tells the heads or the grid."""
@@ -171,13 +229,18 @@ def vit_options(weights, heads=None, flag="--heads"):
     table = state.get("blocks.0.attn.relative_position_bias_table")
     usual_heads = HEADS.get(dim) if table is None else table.shape[1]
     heads = heads or weights.config.get("heads") or usual_heads
+    if heads and not isinstance(heads, Integral):
+        refuse(weights.path, f"stores heads as {heads}, and one number was expected")
     if not heads:
         known = {192: "; MAE-Lite's have 12, DeiT's 3", 384: "; MAE-Lite's and MoCo-v3's have 12, DeiT's 6"}
         refuse(weights.path, f"is {dim} wide and does not say how many heads it has, and its tensors look the same for "
                              f"any number: give {flag}{known.get(dim, '')}")
     h, w = grid_of(weights, state["pos_embed"])
-    depth = 1 + max(int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k))
-    options = dict(dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio_of(weights), patch_size=patch,
+    depth, ratio = depth_of(weights, "blocks", dim), mlp_ratio_of(weights)
+    # A decoder has the same ratio, and its width may tell it more exactly: 40 of 24 channels may be 1.7, rounded down.
+    finer = max(ratio, mlp_ratio_of(weights, "decoder_blocks.0"))
+    ratio = finer if int(dim * finer) == int(dim * ratio) else ratio
+    options = dict(dim=dim, depth=depth, heads=heads, mlp_ratio=ratio, patch_size=patch,
                    in_chans=in_chans, img_size=(h * patch, w * patch))
     if table is not None:
         options["relative"] = True
@@ -188,27 +251,26 @@ def vit_options(weights, heads=None, flag="--heads"):
     return options
 
 
-def side_of(table):
-    """The side of the window that a Swin's table of relative positions is for."""
-    return (round(len(table) ** 0.5) + 1) // 2
-
-
 def swin_options(weights):
-    """The options of Swin that a file shows. Without a stored image size, that at which the last stage is one window,
-    as in all that are published; without a stored eps 1e-5 for official supervised files, which have masks, else 1e-6.
-    """
+    """The options of Swin that a file shows. Without a stored image size, that of the masks, or the smallest with these
+    windows; without a stored eps 1e-5 for official supervised files, which have masks, else 1e-6."""
     state, config = weights.state, weights.config
-    name = "attn.relative_position_bias_table"
-    blocks = [k.split(".")[1] for k in state if re.fullmatch(rf"layers\.\d+\.blocks\.\d+\.{name}", k)]
-    stages = sorted(set(blocks), key=int)
-    tables = [state[f"layers.{stage}.blocks.0.{name}"] for stage in stages]     # that of each stage's first block
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-    usual_size = side_of(tables[-1]) * patch * 2 ** (len(stages) - 1)
-    has_masks = any(k.endswith(".attn_mask") for k in state)
-    return dict(dim=dim, depths=tuple(blocks.count(stage) for stage in stages),
-                heads=tuple(table.shape[1] for table in tables), mlp_ratio=mlp_ratio_of(weights, "layers.0.blocks.0"),
-                window=config.get("window") or side_of(tables[0]), patch_size=patch, in_chans=in_chans,
-                img_size=pair(config.get("img_size") or usual_size), eps=config.get("eps", 1e-5 if has_masks else 1e-6))
+    stages = range(len({k.split(".")[1] for k in state if k.startswith("layers.")}))
+    depths = tuple(depth_of(weights, f"layers.{stage}.blocks", dim * 2 ** stage) for stage in stages)
+    names = [f"layers.{stage}.blocks.0.attn.relative_position_bias_table" for stage in stages]
+    tables = [state[name] for name in names if name in state]
+    sides, masks = [shapes.side_of(table) for table in tables], [k for k in state if k.endswith(".attn_mask")]
+    window, mask = config.get("window") or sides[0], state.get("layers.0.blocks.1.attn_mask")
+    patches = shapes.fewest_patches(sides, window)
+    if mask is not None and mask.dim() == 3:                    # one for each window of the first stage
+        patches = sides[0] * round(len(mask) ** 0.5)
+    size = pair(config.get("img_size") or patch * patches)
+    if sides != shapes.window_sides(min(size) // patch, window, len(stages)):
+        refuse(weights.path, f"has windows of {sides}, which no Swin with a window of {window} has at its image size")
+    return dict(dim=dim, depths=depths, heads=tuple(table.shape[1] for table in tables), window=window,
+                mlp_ratio=mlp_ratio_of(weights, "layers.0.blocks.0"), patch_size=patch, in_chans=in_chans,
+                img_size=size, eps=config.get("eps") or (1e-5 if masks else 1e-6))
 
 
 def encoder_options(weights, heads=None, flag="--heads"):
@@ -216,57 +278,40 @@ def encoder_options(weights, heads=None, flag="--heads"):
     return swin_options(weights) if is_swin(weights) else vit_options(weights, heads, flag)
 
 
-def build(options):
-    """A network with random weights: a Swin, BeitViT or ViT, whichever has these options. ValueError as there."""
-    if "depths" in options:
-        return Swin(**options)
-    return BeitViT(**options) if options.keys() & {"relative", "layer_scale", "key_bias"} else ViT(**options)
+def init_mlp_ratio(path):
+    """The MLP ratio of the encoder in the file of --init. 4 where the file is gone: a resumed run does not read it."""
+    return encoder_options(read(path), heads=1)["mlp_ratio"] if os.path.exists(file_and_key(path)[0]) else 4.0
 
 
 def grid_of(weights, table):
     """The grid of patches (h, w) of a table of positions: that of the stored image size if it fits, else a square."""
     patch, count = weights.state["patch_embed.proj.weight"].shape[-1], table.shape[1] - 1
-    if isinstance(weights.config.get("img_size"), (tuple, list)):
-        height, width = pair(weights.config["img_size"])
-        if (height // patch) * (width // patch) == count:
-            return height // patch, width // patch
-    side = round(count ** 0.5)
-    if side * side != count:
+    height, width = pair(weights.config.get("img_size") or 0)
+    if (height // patch) * (width // patch) == count > 0:
+        return height // patch, width // patch
+    side = round(max(count, 0) ** 0.5)
+    if side * side != count or not count:
         refuse(weights.path, f"has positions for {count} patches, which is no square, and stores no image size")
     return side, side
-
-
-def layer_of(model, name):
-    """The layer that a parameter of a ViT or Swin belongs to: 0 before the blocks, then the block's number from 1, then
-    depth + 1. A Swin's blocks count through its stages, and a merging belongs to the block before it."""
-    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
-        return 0
-    found = re.match(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)|downsample)", name)
-    if not found:
-        return model.depth + 1
-    depths = model.config.get("depths", (model.depth,))
-    stage = int(found[1] or 0)
-    return sum(depths[:stage]) + (int(found[2]) + 1 if found[2] else depths[stage])
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Into a network
 
-def fitted_positions(weights, model, say):
-    """The file's tensors, with all positions, absolute and relative, resized to the model's grid or windows."""
+def fitted(weights, model, say):
+    """The file's tensors, with all positions, absolute and relative, resized to the model's grid or windows, and the
+    patch projection of RGB made one of the model's channels."""
     state, want = dict(weights.state), model.state_dict()
+    name = "patch_embed.proj.weight"
+    state[name] = shapes.projection_for(want[name].shape[1], state[name])
     for name in ("pos_embed", "decoder_pos_embed"):
-        if name in state and name in want and state[name].shape[-1] == want[name].shape[-1]:
+        if name in state and name in want and state[name].shape[::2] == want[name].shape[::2]:
             state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
-    for name in [k for k in state if k.endswith("relative_position_bias_table")]:
-        if not is_swin(weights):
-            h, w = grid_of(weights, weights.state["pos_embed"])
-            if len(state[name]) == (2 * h - 1) * (2 * w - 1) + 3:
-                state[name] = resize_relative(state[name], (h, w), model.grid)
-        elif name in want and len(state[name]) != len(want[name]):
-            old, new = side_of(state[name]), side_of(want[name])
-            say(f"{weights.path}: {name} is resized from windows of {old} to {new}")
-            state[name] = resize_relative(state[name], (old, old), (new, new))
+    if is_swin(weights):
+        for line in shapes.resize_swin_tables(state, want):
+            say(f"{weights.path}: {line}")
+    else:
+        shapes.resize_vit_tables(state, grid_of(weights, weights.state["pos_embed"]), model.grid)
     return state
 
 
@@ -274,15 +319,15 @@ def load_into(model, weights, say=print):
     """Copy weights into a model, positions resized to its grid, and say what matched, what is missing (and keeps its
     fresh start) and what was not expected. Returns the names of the missing.
 
-    SystemExit when a shape or the stored heads differ, or a tensor of the encoder is missing: only heads, decoders, the
-    pooled classifier's fc_norm, and what relative positions and layer scale add to a plain network, may be fresh.
+    SystemExit when a shape or the stored heads differ, when the encoder misses a tensor (only heads, decoders, a pooled
+    classifier's fc_norm, all relative positions and all layer scale may be fresh) or has no place for one of the file.
     """
     want, path = model.state_dict(), weights.path
     stored, heads = weights.config.get("heads"), model.config["heads"]
-    if isinstance(stored, int) and stored != heads:             # a Swin's are seen in its tensors
+    if isinstance(stored, Integral) and stored != heads:             # a Swin's are seen in its tensors
         refuse(path, f"was trained with {stored} heads and the network here has {heads}: its tensors would fit and "
                      f"mean something else; use --heads {stored}")
-    state = fitted_positions(weights, model, say)
+    state = fitted(weights, model, say)
     # These follow from the grid and are not learned.
     state = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask"))}
     # A head of another shape is another task's, or a projector, which MoCo v3 calls head: not wanted here.
@@ -291,13 +336,28 @@ def load_into(model, weights, say=print):
         refuse(path, f"does not fit: {wrong[0]} is {tuple(state[wrong[0]].shape)} in the file and "
                      f"{tuple(want[wrong[0]].shape)} in the network ({len(wrong)} of {len(want)} tensors differ)")
     matched = {k: v for k, v in state.items() if k in want and v.shape == want[k].shape}
+    for k in matched:
+        if want[k].is_floating_point() and not matched[k].is_floating_point():
+            refuse(path, f"holds {k} as {matched[k].dtype}, and floating-point numbers were expected")
     missing = [k for k in want if k not in matched and not k.endswith("relative_position_index")]
-    say(f"{path}: {len(matched)} tensors matched; missing, so fresh: {', '.join(missing) or 'none'}; "
-        f"not expected: {summary(k for k in state if k not in matched)}")
-    lost = [k for k in missing if not FRESH.match(k)]
+    unused = [k for k in state if k not in matched]
+    channels, (_, stored, *_) = model.config["in_chans"], weights.state["patch_embed.proj.weight"].shape
+    rgb = f", patch_embed.proj.weight made from that of RGB for --in-chans {channels}" if stored != channels else ""
+    say(f"{path}: {len(matched)} tensors matched{rgb}; missing, so fresh: "
+        f"{', '.join(missing) or 'none'}; not expected: {summary(unused)}")
+    # What other blocks have, a block may not start afresh.
+    kinds = {k.split(".")[-1].rstrip("12") for k in matched if k.startswith(("blocks.", "layers."))}
+    lost = [k for k in missing if not shapes.FRESH.match(k)
+            or k.startswith(("blocks.", "layers.")) and k.split(".")[-1].rstrip("12") in kinds]
     if lost:
         refuse(path, f"lacks {len(lost)} tensors of the encoder ({', '.join(lost[:3])}, ...): it is another network, "
                      "or the last.pt of a distilled student, whose encoder.pt is what to give")
+    # A network that pools without `norm` has no use for it.
+    left = [k for k in unused if shapes.ENCODER.match(k) and k not in ("norm.weight", "norm.bias")]
+    if left:
+        names = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in left})
+        refuse(path, f"holds {', '.join(names[:4])}, which the network here has no place for: without that it "
+                     "would compute something else")
     model.load_state_dict({**want, **matched})
     return missing
 
@@ -311,34 +371,32 @@ def load_encoder(path, heads=None, say=print, **options):
         options.pop("pool", None)
     else:
         found["positions"] = "learned"
-    model = build({**found, **options})
+    try:
+        model = shapes.build({**found, **options})
+    except ValueError as error:
+        refuse(path, f"makes no network: {error}")
     load_into(model, weights, say)
     return model.eval()
 
 
 def load_classifier(weights, heads=None, flag="--heads", **options):
     """What a file holds, with its head if it has one -> (network in eval mode, names of the tensors it has no use for).
-    options of ViT or Swin win over the file's. SystemExit when a tensor is missing, or one of a block is unknown."""
+    options of ViT or Swin win over the file's. SystemExit when a tensor is missing, or as in load_into."""
     state, config, swin = weights.state, weights.config, is_swin(weights)
     found = encoder_options(weights, heads, flag)
     if not swin:
         found.update(pool="avg" if "fc_norm.weight" in state else "cls", positions="learned")
-        found.update({k: config[k] for k in ("eps", "resize_offset") if k in config})
+        found.update({k: config[k] for k in ("eps", "resize_offset") if config.get(k) is not None})
     # A head of another width reads more than this network's feature: several blocks, or what a projector projects.
     width = found["dim"] * 2 ** (len(found["depths"]) - 1) if swin else found["dim"]
     head = state.get("head.weight") if "head.bias" in state else None
     found["num_classes"] = len(head) if head is not None and head.shape[1:] == (width,) else 0
     try:
         found.update(options)
-        model = TwoHeads(**found) if "head_dist.weight" in state and not swin else build(found)
+        model = TwoHeads(**found) if "head_dist.weight" in state and not swin else shapes.build(found)
     except ValueError as error:
         refuse(weights.path, f"makes no network: {error}")
     missing = load_into(model, weights, say=lambda text: None)
-    ours = model.state_dict()
-    left = [k for k in state if k not in ours]
-    odd = [k for k in left if k.startswith(("blocks.", "layers.", "patch_embed.")) and not k.endswith("attn_mask")]
     if missing:
         refuse(weights.path, f"lacks {missing[0]}")
-    if odd:
-        refuse(weights.path, f"holds {odd[0]}, which no network here has")
-    return model.eval(), left
+    return model.eval(), sorted(state.keys() - model.state_dict().keys())

@@ -1,0 +1,131 @@
+"""
+What names, shapes and options tell of the networks of vit.py and nets/beit.py: which tensors are the encoder's, which
+network has these options, which layer a parameter is of, for which window a table of relative positions is. No files:
+those are read in weights/.
+"""
+import math
+import re
+from numbers import Integral, Real
+
+import torch
+
+from nets.beit import BeitViT, resize_relative
+from vit import Swin, ViT
+
+# Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
+ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
+                     r"(?!dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
+
+# What may be missing: a task's own layers, and what relative positions and layer scale add to a plain network.
+FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_token|"
+                   r".*\.(gamma_[12]|[qv]_bias|relative_position_bias_table)$")
+
+# How many dimensions the tensors have that tell what the network is.
+DIMENSIONS = {r"patch_embed\.proj\.weight": 4, r"((decoder_)?pos_embed|cls_token)": 3,
+              r"((decoder_)?blocks|layers)\..*\.(fc1\.weight|relative_position_bias_table)|decoder_embed\.weight": 2}
+
+# What the options are that a file may store: "one" of a kind, a "list" of them, or "either".
+STORED = dict(heads=(Integral, "either"), img_size=(Integral, "either"), window=(Integral, "one"), eps=(Real, "one"),
+              resize_offset=(Real, "one"), mean=(Real, "list"), std=(Real, "list"), classes=(str, "list"),
+              method=(str, "one"), final_norm=(str, "one"))
+IN_WORDS = {Integral: "whole numbers above 0 were", Real: "finite numbers were", str: "text was"}
+
+
+def wrong_option(name, value):
+    """What was expected, in words, of an option that a file stores, if it has something else there; else None."""
+    kind, form = STORED[name]
+    listed = isinstance(value, (list, tuple))
+    for item in value if listed else [value]:
+        right = isinstance(item, kind) and not isinstance(item, bool)
+        if kind is not str and right:
+            right = math.isfinite(item) and (item > 0 or kind is Real)
+        if not right and value is not None:
+            return IN_WORDS[kind]
+    if form not in ("either", "list" if listed else "one") and value is not None:
+        return "a list was" if form == "list" else "one value was"
+    if name == "img_size" and listed and len(value) not in (1, 2):
+        return "height and width were"
+
+
+def wrong_tensor(name, t):
+    """Why a value that a file has under a tensor's name cannot be a weight, in words; else None."""
+    dimensions = next((count for pattern, count in DIMENSIONS.items() if re.fullmatch(pattern, name)), None)
+    if not isinstance(t, torch.Tensor):
+        return f"a {type(t).__name__} called {name}, and a tensor was expected" if ENCODER.match(name) else None
+    if t.layout != torch.strided or t.is_quantized or t.is_nested or t.is_meta or t.is_complex():
+        return f"{name} as a sparse, quantised, nested, meta or complex tensor: re-save it as a plain one"
+    if dimensions and (t.dim() != dimensions or 0 in t.shape):
+        return f"{name} of shape {tuple(t.shape)}, and {dimensions} dimensions were expected"
+    if t.nbytes > t.untyped_storage().nbytes():                 # a copy might not fit into memory
+        return f"{name} as a view that repeats its numbers: re-save a copy of it"
+    if t.is_floating_point() and not name.endswith("attn_mask") and not t.float().isfinite().all():
+        return f"NaN or infinite weights in {name}: the run has diverged, or the file is damaged"
+
+
+def build(options):
+    """A network with random weights: a Swin, BeitViT or ViT, whichever has these options. ValueError as there."""
+    if "depths" in options:
+        return Swin(**options)
+    return BeitViT(**options) if options.keys() & {"relative", "layer_scale", "key_bias"} else ViT(**options)
+
+
+def layer_of(model, name):
+    """The layer that a parameter of a ViT or Swin belongs to: 0 before the blocks, then the block's number from 1, then
+    depth + 1. A Swin's blocks count through its stages, and a merging belongs to the block before it."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    found = re.match(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)|downsample)", name)
+    if not found:
+        return model.depth + 1
+    depths = model.config.get("depths", (model.depth,))
+    stage = int(found[1] or 0)
+    return sum(depths[:stage]) + (int(found[2]) + 1 if found[2] else depths[stage])
+
+
+def projection_for(channels, weight):
+    """A patch projection (D, 3, p, p) of RGB for another number of channels, as timm makes it: for grey the sum, for
+    others R, G and B in turn, times 3 / channels. One that is not of RGB stays as it is."""
+    if weight.shape[1] != 3 or channels == 3:
+        return weight
+    if channels == 1:
+        return weight.float().sum(1, keepdim=True)
+    return weight.float().repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels] * (3 / channels)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tables of relative positions
+
+def side_of(table):
+    """The side of the window that a Swin's table of relative positions (rows, H) is for."""
+    return (round(len(table) ** 0.5) + 1) // 2
+
+
+def window_sides(patches, window, stages):
+    """The sides of a Swin's windows in each stage, for images of `patches` patches on the shorter side. As in the
+    official code a stage's map, which decides, is the first one halved and rounded down."""
+    return [min(window, max(1, patches >> stage)) for stage in range(stages)]
+
+
+def fewest_patches(sides, window):
+    """The smallest image, in patches on a side, at which a Swin has windows of these sides; 0 if at none."""
+    most = (sides[-1] + 1) << len(sides) - 1
+    return next((n for n in range(1, most) if window_sides(n, window, len(sides)) == sides), 0)
+
+
+def resize_swin_tables(state, want):
+    """Bring a Swin's tables of relative positions in `state`, by name, to the windows of those in `want`, in place, as
+    the official code does it. Returns a line for each that was resized."""
+    lines = []
+    for name in [k for k in state if k.endswith("relative_position_bias_table") and k in want]:
+        old, new = side_of(state[name]), side_of(want[name])
+        if len(state[name]) == (2 * old - 1) ** 2 and old != new:           # else it is of no square window
+            state[name] = resize_relative(state[name], (old, old), (new, new))
+            lines.append(f"{name} is resized from windows of {old} to {new}")
+    return lines
+
+
+def resize_vit_tables(state, old, new):
+    """The same for a BeitViT, from the grid (h, w) `old` to `new`."""
+    rows = (2 * old[0] - 1) * (2 * old[1] - 1) + 3
+    for name in [k for k in state if k.endswith("relative_position_bias_table") and len(state[k]) == rows]:
+        state[name] = resize_relative(state[name], old, new)
