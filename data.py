@@ -5,19 +5,15 @@ The order of everything is arithmetic: an epoch is a permutation of (seed, epoch
 slice of it, a crop follows from (seed, epoch, index). So any step can be made again, by any number of workers, and a
 checkpoint stores nothing about the data. A source is anything with len(), read(i), name(i) and labels: see images/.
 """
-import collections
-import ctypes
 import io
-import itertools
-import multiprocessing.connection
 import os
 import re
-import signal
-import sys
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from images.workers import load_in_workers
 
 try:                                                            # optional: the same pixels, a fifth faster than Pillow
     from torchcodec.decoders import decode_jpeg
@@ -209,71 +205,10 @@ def cores():
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def quiet_worker(_):
-    """Start a worker. It ignores signals: killed by the same Ctrl-C, it would take the unsaved run with it. But it dies
-    with the training process (PR_SET_PDEATHSIG), where it would otherwise wait for ever to hand over a batch."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class WorkersDied(SystemExit):
-    """Processes that decode images die again and again. The message says so."""
-
-
 def load(dataset, keys, workers, pin=False):
     """An iterator over the batches of a dataset for lists of keys. workers: processes that decode (0: this one; None:
-    one per core, at most 16). Raises WorkersDied if they are killed again and again."""
+    one per core, at most 16)."""
     workers = min(16, cores()) if workers is None else workers
-    if workers:
+    if workers:                                                 # where one is killed, another one takes over
         return load_in_workers(dataset, iter(keys), workers, pin)
     return (dataset.__getitems__(key) for key in keys)
-
-
-def load_in_workers(dataset, keys, workers, pin):
-    """Batches follow from their keys, so where a worker dies new ones make what is missing."""
-    missing, deaths, broken = collections.deque(), 0, []
-    while deaths < 3:
-        others = multiprocessing.active_children()
-        batches = start_workers(dataset, remembered(keys, missing), workers, pin)
-        mine = [process for process in multiprocessing.active_children() if process not in others]
-        try:
-            for batch in batches:
-                missing.popleft()
-                deaths = 0
-                yield batch
-            return
-        except (RuntimeError, OSError, EOFError):               # whatever comes first when one of them is gone
-            if not all_killed(mine):
-                raise
-        keys, missing, deaths = itertools.chain(missing, keys), collections.deque(), deaths + 1
-        broken.append(batches)                                  # its clean-up may wait for a lock that a dead one holds
-    raise WorkersDied("processes that decode images died three times in a row: memory, or shared memory in /dev/shm, "
-                      "may have run out; give fewer --workers")
-
-
-def remembered(keys, missing):
-    for key in keys:
-        missing.append(key)
-        yield key
-
-
-def start_workers(dataset, keys, workers, pin):
-    # Forked workers share the arrays of the source. The loader draws a number when it starts: from a generator of its
-    # own, because from the global one it would change the flips and masks of the first step after a resume.
-    batches = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys, num_workers=workers, pin_memory=pin, collate_fn=tuple, generator=torch.Generator(),
-        worker_init_fn=quiet_worker, multiprocessing_context="fork" if workers and sys.platform == "linux" else None))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would raise anywhere, even in mid-step
-    return batches
-
-
-def all_killed(workers):
-    """Whether one of these workers has died; then kill the others, and say so."""
-    if not multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1):
-        return False
-    print("warning: a process that decodes images has died, as when memory runs out; new ones make what it left")
-    for worker in workers:
-        worker.kill()
-    return True

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from images.augment import normalize, random_flip, statistics
-from images.datasets import look_over, open_dataset, same_classes
+from images.datasets import class_numbers, look_over, open_dataset, same_classes
 from images.mixing import erase, random_mix, soft_targets
 from images.randaugment import AugmentedCrops
 from nets.beit import BeitViT, TwoHeads
@@ -247,18 +247,6 @@ def open_classifier(path, heads, img_size, heads_flag="--heads"):
     return model, file
 
 
-def class_numbers(names, count, folders):
-    """Which of a classifier's `count` classes each class folder stands for -> [number, or None where it is none].
-
-    names: the classifier's own. Without any its classes are the folders in their order, and that of integers is 0, 1,
-    2, ..., 10; if there are fewer folders than classes, integers are the numbers themselves.
-    """
-    if names is None and len(folders) == count:
-        names = sorted(folders, key=int) if all(name.isdecimal() for name in folders) else folders
-    number = {name: i for i, name in enumerate(names or map(str, range(count)))}
-    return [number.get(name) for name in folders]
-
-
 def evaluate_file(cfg):
     """--eval: a classifier on the evaluation part of a set, at its own image size or --img-size. Of a set with a part
     of the classes (ImageNet-A, -R) predictions are made among these alone, as is usual."""
@@ -294,7 +282,8 @@ def options_of_init(path, heads):
     if not names:
         fail(f"{path} is {found['dim']} wide and {found[depth]} deep, and none of {', '.join(models)} is")
     stored = {name: tuple(file.config[name]) for name in ("mean", "std") if file.config.get(name)}
-    return {name: found[name] for name in (kept, "patch_size", "in_chans", "img_size")} | stored | dict(model=names[0])
+    of_file = kept, "patch_size", "in_chans", "img_size", "relative", "layer_scale", "key_bias"
+    return {name: found[name] for name in of_file if name in found} | stored | dict(model=names[0])
 
 
 def resolve(argv=None):

@@ -264,6 +264,18 @@ def same_classes(train, val):
     return val.classes == train.classes
 
 
+def class_numbers(names, count, folders):
+    """Which of a classifier's `count` classes each class folder stands for -> [number, or None where it is none].
+
+    names: the classifier's own. Without any its classes are the folders in their order, and that of integers is 0, 1,
+    2, ..., 10; if there are fewer folders than classes, integers are the numbers themselves.
+    """
+    if names is None and len(folders) == count:
+        names = sorted(folders, key=int) if all(name.isdecimal() for name in folders) else folders
+    number = {name: i for i, name in enumerate(names or map(str, range(count)))}
+    return [number.get(name) for name in folders]
+
+
 def digest_of_names(source):
     """A digest of the names and labels of a source, by which a run that goes on knows its images again."""
     names = source.images["name"] if source.images.dtype.names else source.images
@@ -275,7 +287,8 @@ def describe(source):
     """One line about a source: how many images and classes, where, the first and last file, what was left out."""
     classes = f" in {len(source.classes):,} classes" if source.classes else ", no labels"
     first, last = (os.path.basename(source.name(i)) for i in (0, len(source) - 1))
-    return f"{len(source):,} images{classes} under {source.where}, from {first} to {last}{left_out(source.skipped)}"
+    rest = left_out(source.skipped) if source.skipped else ""
+    return f"{len(source):,} images{classes} under {source.where}, from {first} to {last}{rest}"
 
 
 def left_out(skipped):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from runtime.options import fail
 from runtime.writers import Writers
-from weights import digest, file_and_key
+from weights import damage_in, digest, file_and_key
 
 # The numbers of a run do not depend on these options (on accum only through what is drawn; a teacher's file is compared
 # by itself), so it may be resumed with other values.
@@ -52,10 +52,12 @@ def without_half(path, error):
 def read_checkpoint(path):
     """A checkpoint of ours, or None, with a warning, if it is damaged."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        damage = damage_in(path)                                # a changed byte, at which torch.load does not look
+        saved = None if damage else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                  # one cut short fails as zip, pickle, EOF or unicode
-        saved = None
-        print(f"warning: {path} is damaged ({(str(error).splitlines() or [''])[0][:60]})")
+        saved, damage = None, " ".join(str(error).split())[:60]
+    if damage is not None:
+        print(f"warning: {path} is damaged ({damage})")
     return saved if isinstance(saved, dict) else None
 
 
@@ -102,7 +104,8 @@ class FileOfRun:
 
 
 class RunFolder:
-    """The folder --out of one run. saved: the checkpoint to go on from, or None; parts: what a checkpoint holds.
+    """The folder --out of one run. saved: the checkpoint to go on from, or None; parts: what a checkpoint holds, by
+    name, which is to be set before `load` or `save`.
 
     Damaged files, another method's, or other options end in a sentence: nothing is restarted silently. The lock is the
     process's own, so a killed run leaves none behind. save writes last.pt (the one before stays as previous.pt),
@@ -119,8 +122,7 @@ class RunFolder:
             self.saved = self.find_checkpoint()
         except (SystemExit, OSError) as error:
             problem = error.code if isinstance(error, SystemExit) else self.go_on_unlocked(error)
-        if world > 1:
-            problem = self.agree(problem)
+        problem = self.agree(problem) if world > 1 else problem
         if problem:
             fail(problem)
 
@@ -202,10 +204,6 @@ class RunFolder:
             print(f"warning: {saved['world']} processes x {old['accum']} passes go on as {self.world} x "
                   f"{self.cfg.accum}: no longer the same bit for bit")
 
-    def restore(self, parts, steps=math.inf):
-        self.parts = parts
-        return self.load(steps) if self.saved else 0
-
     def load(self, steps):
         """Load the checkpoint into the parts -> the number of optimizer steps done, at most `steps`."""
         try:
@@ -268,9 +266,8 @@ class Log:
     def __init__(self, cfg, rank, device, start, total, per_epoch, **facts):
         self.path, self.rank, self.device = os.path.join(cfg.out, "log.jsonl"), rank, device
         self.start, self.last, self.total, self.per_epoch, self.batch = start, start, total, per_epoch, cfg.batch_size
-        self.waited, self.since, self.hinted, self.writers = 0.0, None, False, None
-        if cfg.tensorboard or cfg.wandb:
-            self.writers = Writers(cfg, rank, start)
+        self.waited, self.since, self.hinted = 0.0, None, False
+        self.writers = Writers(cfg, rank, start) if cfg.tensorboard or cfg.wandb else None
         if rank == 0:
             self.note(config=asdict(cfg), commit=git_commit(), torch=str(torch.__version__), start=start, steps=total,
                       **facts)

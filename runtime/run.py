@@ -6,6 +6,7 @@ A training run: processes, precision, seeds, schedules, the loop over steps, non
 import io
 import math
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -18,11 +19,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import WorkersDied, batch_keys, load
+from data import batch_keys, load
 from images.augment import statistics
 from images.datasets import describe, digest_of_names, same_classes, train_and_val
 from images.device import CROPS
 from images.pictures import draw_curve
+from images.workers import WorkersDied
 from runtime.folder import RESUME_MAY_CHANGE, Log, RunFolder
 from runtime.options import fail, value_errors_exit
 from runtime.probes import probe
@@ -50,9 +52,13 @@ def setup(device="auto"):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))        # the last bits of a sum depend on this number
     device = torch.device(device)
     if world > 1:
-        gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        join_processes(device)
     return rank, world, device
+
+
+def join_processes(device):
+    gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
 
 
 def choose_gpu(local):
@@ -66,16 +72,12 @@ def choose_gpu(local):
 
 class Screen(io.FileIO):
     """Standard output or error. What it cannot take (it is closed, its disk is full) is lost, but raises nothing."""
-    busy = 0                                                    # lines under way, on either of them
 
     def write(self, data):
-        Screen.busy += 1
         try:
             return super().write(data) or len(data)
         except OSError:
             return len(data)
-        finally:
-            Screen.busy -= 1
 
 
 def protect_screens():
@@ -278,7 +280,8 @@ class Run:
         self.encoder = {"method": self.method, **encoder, "config": stored}
         whole = dict(model.named_children()) if split else dict(model=model)
         parts = dict(parts, **whole, optimizer=optimizer, scaler=self.scaler)
-        self.done = self.folder.restore({name: part for name, part in parts.items() if part is not None}, self.total)
+        self.folder.parts = {name: part for name, part in parts.items() if part is not None}
+        self.done = self.folder.load(self.total) if self.folder.saved else 0
         if cfg.compile or cfg.compile is None and self.device.type == "cuda":
             model.compile(dynamic=False)                        # inside DDP: passes without a sync compile only once
         self.net = model if self.world == 1 else DDP(model, broadcast_buffers=False, **(ddp or {}))
@@ -372,9 +375,13 @@ class Run:
         self.stop_reason, log_now = self.stop_check(self.skipped, self.unreadable, self.cfg.batch_size // self.world)
         if done % self.cfg.log_every == 0 or done == self.total or self.stop_reason or log_now:
             row = self.losses | (metrics() if metrics else {})
-            on_device = {name: x for name, x in row.items() if torch.is_tensor(x) and x.device == self.device}
-            row |= {name: mean_over_ranks(x) for name, x in on_device.items()}
+            if self.world > 1:
+                row |= self.means_over_ranks(row)
             self.log(done, **row, lr=self.lr, **values, grad_norm=grad_norm, skipped=self.stop_check.skipped)
+
+    def means_over_ranks(self, row):
+        on_device = {name: x for name, x in row.items() if torch.is_tensor(x) and x.device == self.device}
+        return {name: mean_over_ranks(x) for name, x in on_device.items()}
 
     def due(self, epochs, step=None):
         """The number of the epoch that has just ended if it is a multiple of `epochs`, else (or for 0) None."""
@@ -411,8 +418,7 @@ class Run:
             self.probe()
         if self.rank == 0 and self.total > 1:
             draw_curve(self.cfg.out)
-        if self.rank == 0:
-            print(f"done: {self.cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl{also}")
+        print_rank0(f"done: {self.cfg.out} has encoder.pt for downstream use, last.pt, log.jsonl{also}")
 
     def leave(self, reason):
         """Say why the run ends early, and end it. Only a signal is not a failure."""
@@ -476,8 +482,8 @@ class StopCheck:
         But from now on the same signal again ends the process at once."""
         self.seconds += 1
         signal.signal(self.signal, signal.SIG_DFL)
-        if Screen.busy:                                         # nobody takes the line: drop it and all that follow
-            for fd in (1, 2):
+        for fd in (1, 2):
+            if not select.select([], [fd], [], 0)[1]:           # nobody reads what fills it: drop all that follows
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         if self.patience is not None and self.seconds >= self.patience:
             self.patience = None

@@ -18,18 +18,9 @@ from test_runtime import Source
 
 import finetune
 from data import CenterCrops, decode
-from finetune import (
-    class_numbers,
-    evaluate,
-    make_classifier,
-    make_optimizer,
-    objective,
-    open_classifier,
-    resolve,
-    start_from,
-)
+from finetune import evaluate, make_classifier, make_optimizer, objective, open_classifier, resolve, start_from
 from images.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
-from images.datasets import open_dataset
+from images.datasets import class_numbers, open_dataset
 from images.mixing import soft_targets
 from nets.beit import BeitViT, TwoHeads
 from runtime.run import Run, finite_step, warmup_cosine

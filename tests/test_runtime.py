@@ -232,7 +232,8 @@ def toy_parts():
 
 def folder_in(path, **change):
     folder = RunFolder(replace(Config(out=str(path)), **change), "toy", 0, 1, 50)
-    folder.step = folder.restore(toy_parts())
+    folder.parts = toy_parts()
+    folder.step = folder.load(80) if folder.saved else 0
     return folder
 
 
@@ -477,7 +478,8 @@ def test_a_checkpoint_of_another_structure_is_refused(tmp_path, change, words):
     changed(tmp_path, change)
     with pytest.raises(SystemExit, match=words) as stop:
         folder = RunFolder(Config(out=str(tmp_path)), "toy", 0, 1, 50)
-        folder.restore(toy_parts(), 80)
+        folder.parts = toy_parts()
+        folder.load(80)
     assert "\n" not in str(stop.value)
 
 

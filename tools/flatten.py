@@ -2,10 +2,9 @@
 One method and everything it stands on as one runnable file:  python -m tools.flatten mae.py > mae_single.py
 """
 import ast
+import signal
 import sys
 from pathlib import Path
-
-from runtime.run import launch
 
 ROOT = Path(__file__).parents[1]
 HERE = "sys.modules[__name__]"                                  # what a module of ours is in the flat file
@@ -103,4 +102,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    launch(lambda: main(sys.argv[1:]))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # so that `| head` ends it quietly
+    main(sys.argv[1:])

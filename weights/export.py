@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -162,4 +163,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # so that `| head` ends it quietly
     main(sys.argv[1:])
