@@ -68,6 +68,10 @@ MOMENTS = dict(AdamW={"step", "exp_avg", "exp_avg_sq"}, SGD={"momentum_buffer"},
 def load_optimizer(optimizer, state):
     """Load the moments of a checkpoint; the options of the groups stay those of this run. Raises nearly anything where
     the moments are not those of these parameters."""
+    for moments in state["state"].values():
+        for name, x in moments.items():
+            if x.dtype != torch.float32 or name == "step" and x < 1:        # another type would be converted
+                raise ValueError(f"{name} has the type {x.dtype}, or is below 1")
     options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, options):
@@ -79,6 +83,15 @@ def load_optimizer(optimizer, state):
             wanted = () if name == "step" else tuple(p.shape)
             if tuple(x.shape) != wanted:
                 raise ValueError(f"{name} is {tuple(x.shape)} for a parameter of {tuple(p.shape)}")
+
+
+def load_part(part, state):
+    """Load the state of any other part. ValueError where a tensor has another type: it would be converted."""
+    own = part.state_dict()
+    for name, x in state.items():
+        if torch.is_tensor(own.get(name)) and x.dtype != own[name].dtype:
+            raise ValueError(f"{name} has the type {x.dtype}, and {own[name].dtype} was expected")
+    part.load_state_dict(state)
 
 
 def not_finite(state, name=""):
@@ -210,6 +223,9 @@ class RunFolder:
             step = self.saved["step"]
             if not isinstance(step, int) or not 0 <= step <= steps:
                 raise ValueError(f"it is of step {step!r} of {steps}")
+            moments = len(self.saved["optimizer"]["state"])
+            if moments != self.saved.get("moments", moments):
+                raise ValueError(f"it has moments for {moments} of {self.saved['moments']} parameters")
             for name, part in self.parts.items():
                 bad = not_finite(self.saved[name])
                 if bad:
@@ -217,7 +233,7 @@ class RunFolder:
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, self.saved[name])
                 else:
-                    part.load_state_dict(self.saved[name])
+                    load_part(part, self.saved[name])
         except Exception as error:                              # what has another structure raises almost anything
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise SystemExit(f"the checkpoint in {self.cfg.out} does not fit this run ({reason}): it was made with a "
@@ -230,7 +246,7 @@ class RunFolder:
         """Everything needed to go on from optimizer step `step`, in plain types and tensors."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return dict(method=self.method, step=step, config=asdict(self.cfg), world=self.world, images=self.images,
-                    names=self.names, torch=str(torch.__version__), **parts)
+                    names=self.names, moments=len(parts["optimizer"]["state"]), torch=str(torch.__version__), **parts)
 
     def save(self, step, encoder, keep=None, must=False):
         if self.rank:

@@ -471,6 +471,9 @@ def first_moments(state):
     (lambda s: first_moments(s).update(step=torch.zeros(2)), r"step is \(2,\)"),
     (lambda s: first_moments(s).pop("exp_avg_sq"), "the optimizer's state has step, exp_avg for a parameter"),
     (lambda s: first_moments(s).update(exp_avg="x"), "does not fit this run"),
+    (lambda s: first_moments(s).update(exp_avg=torch.ones(2, 4, dtype=torch.int8)), "exp_avg has the type torch.int8"),
+    (lambda s: s["model"].update(bias=torch.ones(2).double()), "bias has the type torch.float64"),
+    (lambda s: s["optimizer"]["state"].pop(1), "it has moments for 1 of 2 parameters"),
     (lambda s: s["optimizer"]["state"].update({0: s["optimizer"]["state"][1]}), r"for a parameter of \(2, 4\)"),
     (lambda s: first_moments(s)["exp_avg"].fill_(math.inf), "state.0.exp_avg of optimizer is not finite"),
     (lambda s: s["optimizer"]["state"].update({9: {}}), "does not fit this run")])
