@@ -44,7 +44,7 @@ class Named:
     def __init__(self, name, split, download):
         make, train, val, labels_of, paths_of = SETS[name]
         root, self.pictures, self.labels, self.classes = os.environ.get("DATASETS", "data"), None, None, None
-        self.where, self.skipped = f"{root} ({name}, {split})", {}
+        self.root, self.where, self.skipped = root, f"{root} ({name}, {split})", {}
         try:
             if download:
                 os.makedirs(root, exist_ok=True)
@@ -56,7 +56,8 @@ class Named:
             hint = "it could not be fetched" if download else "give --download, or set DATASETS to where it is"
             raise SystemExit(f"{name} is not whole under {root} ({str(error).splitlines()[0]}): {hint}") from None
         if paths_of:
-            self.images = np.array([os.fsencode(path) for part in parts for path in paths_of(part)], dtype=bytes)
+            paths = [str(path).removeprefix(root + "/") for part in parts for path in paths_of(part)]
+            self.images = np.array([os.fsencode(path) for path in paths], dtype=bytes)      # a set may move
         else:
             self.pictures, = parts
             self.images = np.arange(len(self.pictures))
@@ -76,7 +77,9 @@ class Named:
     def relative(self, i):
         return f"{self.classes[self.labels[i]].replace('/', '-')}/{i:07}" if self.classes else f"{i:07}"
     def name(self, i):
-        return os.fsdecode(self.images[i]) if self.pictures is None else f"{self.where} number {self.images[i]}"
+        if self.pictures is None:
+            return os.path.join(self.root, os.fsdecode(self.images[i]))
+        return f"{self.where} number {self.images[i]}"
     def read(self, i):
         return Path(self.name(i)).read_bytes() if self.pictures is None else self.pictures[self.images[i]][0]
 

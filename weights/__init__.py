@@ -1,6 +1,6 @@
 """Checkpoints: every public layout in (reading.py); ours out for timm, as safetensors, as ONNX (export.py)."""
 # ruff: noqa: F401, I001
-from nets.shapes import build, layer_of
+from nets.naming import build, layer_of
 from weights.reading import Weights, damage_in, digest, encoder_options, file_and_key, grid_of, init_mlp_ratio
 from weights.reading import is_swin, load_classifier, load_encoder, load_into, mlp_ratio_of, read, summary
 from weights.reading import swin_options, vit_options

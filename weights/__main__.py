@@ -3,10 +3,9 @@ Say what a checkpoint is: where its weights are, what network they make, what el
 
 python -m weights FILE        FILE:KEY for one network of several
 """
-import signal
 import sys
 
-from weights.reading import encoder_options, is_swin, read, summary
+from weights.reading import encoder_options, is_swin, protect_output, read, summary
 
 
 def main(argv):
@@ -25,5 +24,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # so that `| head` ends it quietly
+    protect_output()
     main(sys.argv[1:])

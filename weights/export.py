@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import sys
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 
 from nets.beit import BeitViT, TwoHeads
 from vit import Swin
-from weights.reading import import_safetensors, load_classifier, read, refuse, summary
+from weights.reading import import_safetensors, load_classifier, protect_output, read, refuse, summary
 
 # timm's entries of these widths, depths and patches. Any other shape is a ViT-Base with every option overridden.
 TIMM = {(192, 12, 16): "vit_tiny_patch16_224", (384, 12, 16): "vit_small_patch16_224",
@@ -163,5 +162,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # so that `| head` ends it quietly
+    protect_output()
     main(sys.argv[1:])

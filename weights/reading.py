@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import signal
+import sys
 import zipfile
 from collections import namedtuple
 from numbers import Integral
@@ -15,7 +17,7 @@ from numbers import Integral
 import numpy as np
 import torch
 
-from nets import shapes
+from nets import naming
 from nets.beit import TwoHeads
 from vit import pair, resize_positions
 
@@ -31,6 +33,12 @@ HEADS = {768: 12, 1024: 16, 1280: 16}
 
 # Parts of names that stand before the weights of the one network that is meant, where a file holds several.
 OUTER = {"module", "_orig_mod", "base_encoder", "backbone", "model", "encoder"}
+
+
+def protect_output():
+    """For a command line: `| head` ends it quietly, and a name that the terminal cannot print is escaped."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def refuse(path, reason):
@@ -125,8 +133,8 @@ def config_of(path, file):
     if "readout" in config:                                     # what earlier files call the pool
         config["pool"] = config.pop("readout")
     config["method"] = file.get("method")
-    for name in shapes.STORED:
-        expected = shapes.wrong_option(name, config.get(name))
+    for name in naming.STORED:
+        expected = naming.wrong_option(name, config.get(name))
         if expected:
             refuse(path, f"stores {name} as {str(config[name])[:60]!r}, and {expected} expected")
     return config
@@ -183,7 +191,7 @@ def prefix_of(path, state, key, keys):
 def checked_tensors(path, state):
     """A state dict without what is no tensor. SystemExit for what cannot be a weight."""
     for name, value in state.items():
-        flaw = shapes.wrong_tensor(name, value)
+        flaw = naming.wrong_tensor(name, value)
         if flaw:
             refuse(path, f"holds {flaw}")
     return {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
@@ -260,13 +268,13 @@ def swin_options(weights):
     depths = tuple(depth_of(weights, f"layers.{stage}.blocks", dim * 2 ** stage) for stage in stages)
     names = [f"layers.{stage}.blocks.0.attn.relative_position_bias_table" for stage in stages]
     tables = [state[name] for name in names if name in state]
-    sides, masks = [shapes.side_of(table) for table in tables], [k for k in state if k.endswith(".attn_mask")]
+    sides, masks = [naming.side_of(table) for table in tables], [k for k in state if k.endswith(".attn_mask")]
     window, mask = config.get("window") or sides[0], state.get("layers.0.blocks.1.attn_mask")
-    patches = shapes.fewest_patches(sides, window)
+    patches = naming.fewest_patches(sides, window)
     if mask is not None and mask.dim() == 3:                    # one for each window of the first stage
         patches = sides[0] * round(len(mask) ** 0.5)
     size = pair(config.get("img_size") or patch * patches)
-    if sides != shapes.window_sides(min(size) // patch, window, len(stages)):
+    if sides != naming.window_sides(min(size) // patch, window, len(stages)):
         refuse(weights.path, f"has windows of {sides}, which no Swin with a window of {window} has at its image size")
     return dict(dim=dim, depths=depths, heads=tuple(table.shape[1] for table in tables), window=window,
                 mlp_ratio=mlp_ratio_of(weights, "layers.0.blocks.0"), patch_size=patch, in_chans=in_chans,
@@ -303,15 +311,15 @@ def fitted(weights, model, say):
     patch projection of RGB made one of the model's channels."""
     state, want = dict(weights.state), model.state_dict()
     name = "patch_embed.proj.weight"
-    state[name] = shapes.projection_for(want[name].shape[1], state[name])
+    state[name] = naming.projection_for(want[name].shape[1], state[name])
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in state and name in want and state[name].shape[::2] == want[name].shape[::2]:
             state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
     if is_swin(weights):
-        for line in shapes.resize_swin_tables(state, want):
+        for line in naming.resize_swin_tables(state, want):
             say(f"{weights.path}: {line}")
     else:
-        shapes.resize_vit_tables(state, grid_of(weights, weights.state["pos_embed"]), model.grid)
+        naming.resize_vit_tables(state, grid_of(weights, weights.state["pos_embed"]), model.grid)
     return state
 
 
@@ -347,13 +355,13 @@ def load_into(model, weights, say=print):
         f"{', '.join(missing) or 'none'}; not expected: {summary(unused)}")
     # What other blocks have, a block may not start afresh.
     kinds = {k.split(".")[-1].rstrip("12") for k in matched if k.startswith(("blocks.", "layers."))}
-    lost = [k for k in missing if not shapes.FRESH.match(k)
+    lost = [k for k in missing if not naming.FRESH.match(k)
             or k.startswith(("blocks.", "layers.")) and k.split(".")[-1].rstrip("12") in kinds]
     if lost:
         refuse(path, f"lacks {len(lost)} tensors of the encoder ({', '.join(lost[:3])}, ...): it is another network, "
                      "or the last.pt of a distilled student, whose encoder.pt is what to give")
     # A network that pools without `norm` has no use for it.
-    left = [k for k in unused if shapes.ENCODER.match(k) and k not in ("norm.weight", "norm.bias")]
+    left = [k for k in unused if naming.ENCODER.match(k) and k not in ("norm.weight", "norm.bias")]
     if left:
         names = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in left})
         refuse(path, f"holds {', '.join(names[:4])}, which the network here has no place for: without that it "
@@ -372,7 +380,7 @@ def load_encoder(path, heads=None, say=print, **options):
     else:
         found["positions"] = "learned"
     try:
-        model = shapes.build({**found, **options})
+        model = naming.build({**found, **options})
     except ValueError as error:
         refuse(path, f"makes no network: {error}")
     load_into(model, weights, say)
@@ -393,7 +401,7 @@ def load_classifier(weights, heads=None, flag="--heads", **options):
     found["num_classes"] = len(head) if head is not None and head.shape[1:] == (width,) else 0
     try:
         found.update(options)
-        model = TwoHeads(**found) if "head_dist.weight" in state and not swin else shapes.build(found)
+        model = TwoHeads(**found) if "head_dist.weight" in state and not swin else naming.build(found)
     except ValueError as error:
         refuse(weights.path, f"makes no network: {error}")
     missing = load_into(model, weights, say=lambda text: None)
