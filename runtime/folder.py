@@ -24,8 +24,7 @@ from weights import damage_in, digest, file_and_key
 # by itself), so it may be resumed with other values.
 RESUME_MAY_CHANGE = {"out", "compile", "distill_teacher", "teacher", "resume", "device", "workers", "download",
                      "log_every", "save_every", "keep_every", "eval_every", "picture_every", "probe_every",
-                     "probe_data", "tensorboard", "wandb",
-                     "max_unreadable", "max_skipped", "accum"}
+                     "probe_data", "tensorboard", "wandb", "max_unreadable", "max_skipped", "accum"}
 
 
 def write_atomic(state, path, previous=None):
