@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 
 import torch
@@ -256,7 +256,9 @@ class Run:
 
     def open_probe_sets(self, probe_data=None):
         """The labelled sets to probe on: those of --probe-data, else of --data."""
-        sets = train_and_val(probe_data, download=self.cfg.download) if probe_data else (self.train, self.val)
+        cfg, sets = self.cfg, (self.train, self.val)
+        if probe_data:
+            sets = train_and_val(probe_data, 1.0, 0, cfg.download, cfg.in_chans, cfg.bits, cfg.value_range)
         if not same_classes(*sets):
             fail("--probe-every needs the same classes in train/ and in val/: --probe-data names a set that has them")
         return sets
@@ -483,8 +485,9 @@ class StopCheck:
         self.seconds += 1
         signal.signal(self.signal, signal.SIG_DFL)
         for fd in (1, 2):
-            if not select.select([], [fd], [], 0)[1]:           # nobody reads what fills it: drop all that follows
-                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+            with suppress(OSError, ValueError):                 # it is closed
+                if not select.select([], [fd], [], 0)[1]:       # nobody reads what fills it: drop all that follows
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         if self.patience is not None and self.seconds >= self.patience:
             self.patience = None
             raise Interrupted
