@@ -1,4 +1,5 @@
 """mae.py as its users run it: real processes, killed, preempted, resumed, fed with bad input."""
+import fcntl
 import json
 import os
 import re
@@ -190,6 +191,26 @@ def test_a_closed_screen_does_not_end_a_run(classes, tmp_path):
     process.stdout.close()                                      # as `python mae.py | head -1` does
     assert process.wait(timeout=300) == 0
     assert max(steps(tmp_path)) == 20 and torch.load(tmp_path / "last.pt")["step"] == 20
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="the size of a pipe can be set on Linux only")
+def test_a_screen_that_nobody_reads(classes, tmp_path):
+    """As a stopped `tee`: the run waits in the middle of a line, and a signal still saves it and ends it."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    args = ["--data", classes, *TINY, "--epochs", 900, "--save-every", 9999, "--out", tmp_path]
+    process = subprocess.Popen(command(*args), stdout=write, stderr=write, cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(process, tmp_path, 20)
+    before = 0
+    while before < max(steps(tmp_path)):
+        before = max(steps(tmp_path))
+        time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    assert torch.load(tmp_path / "last.pt")["step"] in (before, before + 1)
+    os.close(read)
+    os.close(write)
 
 
 def test_one_sentence_and_no_traceback(tmp_path):
