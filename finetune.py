@@ -98,7 +98,7 @@ class Config(TrainingOptions):
     distill_tau: float = opt(1.0, "soft: temperature of both distributions", above=0, needs="distill_teacher")
     eval_every: int = opt(10, "epochs between evaluations on val/, beside that at the end; 0: only at the end", least=0)
     eval: str | None = opt(None, "only evaluate this classifier on val/, which may have a part of its classes")
-    class_names: str | None = opt(None, "text file of its classes' names, a line each, if it has none", needs="eval")
+    class_names: str | None = opt(None, "text file of class names, a line each, where --eval stores none", needs="eval")
 
 
 # ----------------------------------------------------------------------------------------------------------------

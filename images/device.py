@@ -91,7 +91,7 @@ class DeviceCrops(RandomCrops):
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:                       # a file is damaged: RandomCrops finds out which
-                print(f"note: a batch is decoded on the CPU because of {str(error).splitlines()[0][:80]}", flush=True)
+                print(f"note: a batch is decoded on the CPU because of {str(error).splitlines()[0][:80]}")
                 crops, labels, failed = super().__getitems__(keys)
                 yield crops.to(device), labels, failed
                 continue

@@ -28,7 +28,7 @@ def save_sheet(columns, note, path):
         os.replace(path + ".tmp", path)
         return True
     except OSError as error:
-        print(f"warning: {path} could not be drawn: {error}", flush=True)
+        print(f"warning: {path} could not be drawn: {error}")
         return False
 
 
@@ -54,4 +54,4 @@ def draw_curve(folder):
     except ImportError:
         return
     except OSError as error:
-        print(f"warning: {path} could not be drawn: {error}", flush=True)
+        print(f"warning: {path} could not be drawn: {error}")

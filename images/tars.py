@@ -33,10 +33,9 @@ def kind_of_suffix(name):
 
 
 def note(text):
-    """Print a line, on the first process. No name that cannot be printed and no lost screen ends a run."""
+    """Print a line, on the first process."""
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError, ValueError):
-            print(f"note: {text}".encode(errors="backslashreplace").decode(), flush=True)
+        print(f"note: {text}")
 
 
 def top_folders(path):
@@ -159,7 +158,7 @@ def scan(f, path, found, outer="", base=0):
             elif is_image and m.isreg() and not m.issparse():
                 found.entries[name] = base + m.offset_data, m.size      # of two of one name the later, as in unpacking
                 if len(found.entries) % 100_000 == 0:
-                    print(f"reading the headers of {path}: {len(found.entries):,} images so far", flush=True)
+                    print(f"reading the headers of {path}: {len(found.entries):,} images so far")
             elif is_image or not m.isdir():
                 found.skipped[TAR_KINDS.get(m.type) or kind_of_suffix(name)] += 1
     except tarfile.TarError as error:
