@@ -44,7 +44,7 @@ class Config(NetworkOptions, ProbeOptions):
     head_hidden: int = opt(2048, "width inside the heads", least=1)
     bottleneck: int = opt(256, "width before the prototypes", least=1)
     norm_last_layer: bool | None = opt(None, "keep the length of prototypes at 1")
-    freeze_last_layer: float = opt(1, "epochs at the start in which prototypes stay as they are", 0, shrinks=True)
+    freeze_last_layer: float = opt(1, "first epochs, in which prototypes stay; at most a tenth of all", 0, shrinks=True)
     region_weight: float | None = opt(None, "share of the region loss beside the views'; 0: DINO", least=0, most=1)
     region_from: int | None = opt(None, "epoch of the first region loss (default: 0; large models: later)", least=0)
     teacher_temp: float | None = opt(None, "temperature of the teacher's softmax", above=0)
@@ -322,7 +322,7 @@ def make_model(cfg, groups):
     nets = []
     for drop_path in (cfg.drop_path, 0.0):                      # only the student drops paths
         if cfg.model in SWINS:
-            ratio = init_mlp_ratio(cfg.init) if cfg.init else 4.0
+            ratio = init_mlp_ratio(cfg) if cfg.init else 4.0
             backbone = Swin(**dict(SWINS[cfg.model], **size, window=cfg.window, mlp_ratio=ratio, drop_path=drop_path))
         else:
             backbone = ViT(**vit_config(cfg), positions="learned", resize_offset=0.1, drop_path=drop_path)

@@ -14,7 +14,6 @@ Expected:   not run yet at full size; small sets are in docs/findings.md
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from images.augment import normalize, random_flip, statistics
-from images.datasets import class_numbers, look_over, open_dataset, same_classes
+from images.datasets import class_numbers, find_classes, look_over, open_to_evaluate, same_classes
 from images.mixing import erase, random_mix, soft_targets
 from images.randaugment import AugmentedCrops
 from nets.beit import BeitViT, TwoHeads
@@ -107,7 +106,7 @@ class Config(TrainingOptions):
 def make_classifier(cfg, classes):
     """A classifier as fine-tuning starts it, before any file is read."""
     shape = dict(img_size=cfg.img_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, num_classes=classes,
-                 drop_path=cfg.drop_path, mlp_ratio=init_mlp_ratio(cfg.init) if cfg.init else 4.0)
+                 drop_path=cfg.drop_path, mlp_ratio=init_mlp_ratio(cfg) if cfg.init else 4.0)
     with value_errors_exit():
         if cfg.model in SWINS:
             eps = swin_options(read(cfg.init))["eps"] if cfg.init else 1e-6     # official supervised files: 1e-5
@@ -172,6 +171,7 @@ class LabelTeacher(FileOfRun):
     def __init__(self, cfg, classes, run):
         from torchvision.models import get_model, list_models  # here, because it takes a while to import
         name, _, path = cfg.distill_teacher.partition(":")
+        self.numbers = slice(None)                              # of its logits, in the order of our classes
         named = path and name in list_models()
         super().__init__(path if named else cfg.distill_teacher)
         if named:
@@ -187,19 +187,21 @@ class LabelTeacher(FileOfRun):
             if [model.config["num_classes"], *stored] != [classes, run.mean, run.std]:
                 fail(f"{self.path} knows {model.config['num_classes']} classes, with mean and std {stored}; the data "
                      f"has {classes}, with {[run.mean, run.std]}: both networks see the same, so these must agree")
+            self.numbers = class_numbers(file.config.get("classes"), classes, run.train.classes)
+            if None in self.numbers:
+                fail(f"{self.path} knows other classes: it has no {run.train.classes[self.numbers.index(None)]}")
         self.model = model.requires_grad_(False).eval().to(run.device, DTYPES[cfg.dtype])
 
     @torch.no_grad()
     def __call__(self, img):                                    # normalised images -> logits (B, K)
-        return self.model(img.to(next(self.model.parameters()).dtype))
+        return self.model(img.to(next(self.model.parameters()).dtype))[:, self.numbers]
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Evaluation, and the run
 
 @torch.no_grad()
-def evaluate(model, source, size, mean, std, device, workers=0, batch=250,
-             numbers=slice(None)):
+def evaluate(model, source, size, mean, std, device, workers=0, batch=250, numbers=slice(None)):
     """Accuracy on the evaluation crops of a labelled source, exact over ranks: every image once -> dict of test_acc1,
     test_acc5, test_class_acc (the mean of the classes'), in percent, and test_loss. numbers: of the logits that stand
     for the source's classes, in their order (default: all)."""
@@ -252,19 +254,10 @@ def evaluate_file(cfg):
     of the classes (ImageNet-A, -R) predictions are made among these alone, as is usual."""
     device = setup(cfg.device)[2]
     model, file = open_classifier(cfg.eval, cfg.heads, cfg.img_size)
-    val = open_dataset(cfg.data, "val", cfg.download)
-    if val is not None:
-        look_over(val, model.config["in_chans"], cfg.bits, cfg.value_range)
-    count, folders = model.config["num_classes"], list(val.classes or ()) if val else []
-    names = Path(cfg.class_names).read_text().splitlines() if cfg.class_names else file.config.get("classes")
-    numbers = class_numbers(names, count, folders)
-    if not numbers or None in numbers or max(numbers) >= count:
-        known = ", ".join(names or ["not named"])[:60]
-        fail(f"{cfg.eval} tells {count} classes apart ({known}), and val/ of {cfg.data} has {len(folders)} "
-             f"({', '.join(folders)[:60]}): each has to be one of the classifier's, by name")
-    if names is None:
-        order = ", ".join(folders[numbers.index(i)] for i in sorted(numbers)[:12])
-        print_rank0(f"{cfg.eval} does not name its classes: they are taken to be {order}, ..., in this order")
+    val = open_to_evaluate(cfg.data, cfg.download)
+    look_over(val, model.config["in_chans"], cfg.bits, cfg.value_range)
+    count, folders = model.config["num_classes"], val.classes or ()
+    numbers = find_classes(val, cfg.eval, count, file.config.get("classes"), cfg.class_names)
     mean, std = (tuple(getattr(cfg, name) or file.config.get(name) or ()) for name in ("mean", "std"))
     with value_errors_exit():
         size, (mean, std) = pair(model.config["img_size"]), statistics(model.config["in_chans"], mean, std)
@@ -294,6 +287,8 @@ def resolve(argv=None):
     known = dict(DEMO) if cfg.demo else {}
     if cfg.init:
         known |= options_of_init(cfg.init, cfg.heads)
+        if "in_chans" in given and cfg.in_chans != known["in_chans"]:
+            known |= dict(mean=None, std=None)                  # they are of other channels
     model = cfg.model or known.get("model", "vit_tiny")
     for name in sorted(given & (ONLY_VIT if model in SWINS else {"window"})):
         fail(f"{options.flag(name)} is no option of {model}: leave it out, or give another --model")

@@ -130,8 +130,10 @@ class Encoder(FileOfRun):
         with value_errors_exit():
             vit = load_encoder(cfg.init, cfg.heads, print_rank0, **options)
             size, channels = vit.config["img_size"], vit.config["in_chans"]
-            mean, std = cfg.mean or weights.config.get("mean"), cfg.std or weights.config.get("std")
-            mean, std = statistics(channels, mean, std)
+            stored = [weights.config.get(name) for name in ("mean", "std")]
+            if stored[0] and len(stored[0]) != channels:        # they are of the channels that the file was made for
+                stored = [None, None]
+            mean, std = statistics(channels, cfg.mean or stored[0], cfg.std or stored[1])
         pool, self.reason = choose_pool(cfg, vit, weights.config["method"])
         blocks = cfg.blocks or 1
         narrow = isinstance(vit, Swin) or vit.width < 768

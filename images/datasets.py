@@ -270,17 +270,54 @@ def class_numbers(names, count, folders):
     names: the classifier's own. Without any its classes are the folders in their order, and that of integers is 0, 1,
     2, ..., 10; if there are fewer folders than classes, integers are the numbers themselves.
     """
+    integers = all(name.isdecimal() for name in folders)
     if names is None and len(folders) == count:
-        names = sorted(folders, key=int) if all(name.isdecimal() for name in folders) else folders
-    number = {name: i for i, name in enumerate(names or map(str, range(count)))}
+        names = sorted(folders, key=int) if integers else folders
+    if names is None:
+        return [int(name) if integers and int(name) < count else None for name in folders]
+    number = {name: i for i, name in enumerate(names)}
     return [number.get(name) for name in folders]
+
+
+def find_classes(source, file, count, names, path):
+    """Find the classes of a source among the `count` of the classifier in `file`, see class_numbers -> their numbers.
+    names: those that the file stores, or None; path: of a text file with a name a line (--class-names), or None."""
+    if path and names:
+        raise SystemExit(f"{file} stores the names of its classes: leave --class-names out")
+    try:
+        names = Path(path).read_text().splitlines() if path else names
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as a text file with a name a line: {error}") from None
+    folders = list(source.classes or ())
+    numbers = class_numbers(names, count, folders)
+    if not numbers or None in numbers or max(numbers) >= count:
+        known = ", ".join(names or ["not named"])[:60]
+        raise SystemExit(f"{file} tells {count} classes apart ({known}), and {source.where} has {len(folders)} "
+                         f"({', '.join(folders)[:60]}): each has to be one of the classifier's, by name")
+    if names is None:
+        order = ", ".join(folders[numbers.index(i)] for i in sorted(numbers)[:12])
+        note(f"{file} does not name its classes: they are taken to be, in this order, {order}"
+             f"{', ...' if len(numbers) > 12 else ''}")
+    return numbers
+
+
+def open_to_evaluate(data, download=False):
+    """Open the part of a set that a classifier is evaluated on; where there is no train/, as in ImageNet-A and -V2,
+    val/ alone or all class folders of the set."""
+    val, root = open_dataset(data, "val", download), os.environ.get("IMAGENET", "imagenet")
+    if val is not None:
+        return val
+    root = root if data == "imagenet" else data
+    if not os.path.isdir(root) or beside(root, TRAIN_NAMES):
+        raise SystemExit(f"{data} has no images to evaluate on: val/ was looked for, or test/, or a tar of that name")
+    return open_part(beside(root, VAL_NAMES) or root, "val", labelled=True)
 
 
 def digest_of_names(source):
     """A digest of the names and labels of a source, by which a run that goes on knows its images again."""
-    names = source.images["name"] if source.images.dtype.names else source.images
+    names = source.images["name"] if source.images.dtype.names else source.images.astype(bytes)
     labels = b"" if source.labels is None else np.asarray(source.labels, dtype=np.int64).tobytes()
-    return hashlib.sha256(names.tobytes() + labels).hexdigest()
+    return hashlib.sha256(b"\0".join(names.tolist()) + labels).hexdigest()
 
 
 def describe(source):

@@ -185,10 +185,11 @@ def examine(source, indices, channels, bits=None, value_range=None):
     """Set source.value_range. Then the first process reads some images as a run would: it prints remarks, or ends in a
     sentence if none is read with these options."""
     value_range = source.value_range = as_range(bits, value_range)
-    found, refused = [], []
+    found, refused, alpha = [], [], 0
     for i in indices if os.environ.get("RANK", "0") == "0" else ():
         try:
             img = open_deep(source.read(i), value_range)
+            alpha += channels in (1, 3) and isinstance(img, Image.Image) and "A" in img.getbands()
             if isinstance(img, np.ndarray) or channels not in (1, 3, 4):
                 to_bands(img, channels)
             found.append(extremes(source.read(i)))
@@ -198,6 +199,9 @@ def examine(source, indices, channels, bits=None, value_range=None):
             continue
     if refused and not found:
         raise SystemExit(f"{refused[0]} (nor can any of {len(indices)} sampled images)")
+    if alpha:
+        refused.append(f"{alpha} of {len(indices)} images have a last band that is declared as alpha and is not read: "
+                       "--in-chans 4 reads it")
     for line in refused[:1] + (remarks(found, value_range) if found else []):
         note(f"{source.where}: {line}")
 

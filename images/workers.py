@@ -27,7 +27,7 @@ def load_in_workers(dataset, keys, workers, pin):
                 yield batch
             return
         except (RuntimeError, OSError, EOFError):               # whatever comes first when one of them is gone
-            if not all_killed(mine):
+            if not kill_if_one_died(mine):
                 raise
         keys, missing, deaths = itertools.chain(missing, keys), collections.deque(), deaths + 1
         broken.append(batches)                                  # its clean-up may wait for a lock that a dead one holds
@@ -51,7 +51,7 @@ def start_workers(dataset, keys, workers, pin):
     return batches
 
 
-def all_killed(workers):
+def kill_if_one_died(workers):
     """Whether one of these workers has died; then kill the others, and say so."""
     if not multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1):
         return False

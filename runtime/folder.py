@@ -35,14 +35,14 @@ def write_atomic(state, path, previous=None):
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:                    # torch's zip writer makes a full disk a RuntimeError
-        raise without_half(path, error) from error
+        raise remove_partial_file(path, error) from error
     if previous and os.path.exists(path):
         os.replace(path, previous)
     os.replace(f"{path}.tmp", path)
 
 
-def without_half(path, error):
-    """Remove what is half written -> an OSError that says why it is."""
+def remove_partial_file(path, error):
+    """Remove a file that is half written -> an OSError that says why it is."""
     with suppress(OSError):
         os.remove(f"{path}.tmp")
     return OSError(str(error).splitlines()[0])
@@ -54,7 +54,7 @@ def read_checkpoint(path):
         damage = damage_in(path)                                # a changed byte, at which torch.load does not look
         saved = None if damage else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                  # one cut short fails as zip, pickle, EOF or unicode
-        saved, damage = None, " ".join(str(error).split())[:60]
+        saved, damage = None, f"{type(error).__name__} {' '.join(str(error).split())[:60]}"
     if damage is not None:
         print(f"warning: {path} is damaged ({damage})")
     return saved if isinstance(saved, dict) else None
@@ -125,7 +125,7 @@ class RunFolder:
     whole: a warning, or, if it `must` be, the end.
     """
 
-    def __init__(self, cfg, method, rank, world, images, names=None):
+    def __init__(self, cfg, method, rank, world, images, names=(None, None)):
         self.cfg, self.method, self.rank, self.world, self.images, self.names = cfg, method, rank, world, images, names
         self.last, self.previous = os.path.join(cfg.out, "last.pt"), os.path.join(cfg.out, "previous.pt")
         self.damaged, self.saved, self.parts, self.lock_file, problem = False, None, {}, None, None
@@ -209,9 +209,12 @@ class RunFolder:
             more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise SystemExit(f"{path} belongs to a run with other options ({'; '.join(differ[:3])}{more}): give those, "
                              "or another --out")
-        if saved.get("names") not in (None, self.names):
+        train, val = saved.get("names", self.names)             # digests of names and labels
+        if train != self.names[0]:
             raise SystemExit(f"the images under {self.cfg.data} are not those that {path} was trained on: as many, but "
                              "with other names or labels; restore them, or give another --out")
+        if val != self.names[1]:
+            print("warning: the images to evaluate on have changed: accuracies before and after do not compare")
         if (saved["world"], old["accum"]) != (self.world, self.cfg.accum) and self.rank == 0:
             print(f"warning: {saved['world']} processes x {old['accum']} passes go on as {self.world} x "
                   f"{self.cfg.accum}: no longer the same bit for bit")
@@ -228,7 +231,8 @@ class RunFolder:
             for name, part in self.parts.items():
                 bad = not_finite(self.saved[name])
                 if bad:
-                    raise ValueError(f"{bad} of {name} is not finite")
+                    raise SystemExit(f"the checkpoint in {self.cfg.out} holds NaN or infinity in {bad} of {name}: the "
+                                     "run has diverged, or the file was changed; give another --out")
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, self.saved[name])
                 else:

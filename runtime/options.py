@@ -187,4 +187,4 @@ def parse(Config, name, doc, recipes, demo, argv=None):
 def vit_config(cfg):
     """The options of the ViT that a config asks for. Its MLPs are as wide as those in the file of --init."""
     return dict(MODELS[cfg.model], heads=cfg.heads, patch_size=cfg.patch_size, img_size=cfg.img_size,
-                in_chans=cfg.in_chans, mlp_ratio=init_mlp_ratio(cfg.init) if cfg.init else 4.0)
+                in_chans=cfg.in_chans, mlp_ratio=init_mlp_ratio(cfg) if cfg.init else 4.0)

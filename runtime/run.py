@@ -97,7 +97,7 @@ def launch(main):
         signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C just ends it until there is something to save
     try:
         main()
-    except (SystemExit, Exception) as error:                    # to let its frames go would be to wait for workers
+    except (SystemExit, Exception) as error:                    # leave in here: to release its frames waits for workers
         leave(code_of(error))
     leave(0)
 
@@ -228,7 +228,7 @@ class Run:
     def datasets(self, shrink_batch=False):
         cfg = self.cfg
         self.train, self.val = train, val = train_and_val(cfg.data, cfg.fraction, cfg.seed, cfg.download,
-                                                             cfg.in_chans, cfg.bits, cfg.value_range)
+                                                          cfg.in_chans, cfg.bits, cfg.value_range)
         parts = self.world * cfg.accum * self.repeat
         if len(train) < cfg.batch_size:
             self.cfg = cfg = self.smaller_batch(len(train), parts, shrink_batch)
@@ -243,7 +243,8 @@ class Run:
             self.probe_sets = self.open_probe_sets(cfg.probe_data)
         with value_errors_exit():
             self.size, (self.mean, self.std) = pair(cfg.img_size), statistics(cfg.in_chans, cfg.mean, cfg.std)
-        self.folder = RunFolder(cfg, self.method, self.rank, self.world, len(train), digest_of_names(train))
+        self.folder = RunFolder(cfg, self.method, self.rank, self.world, len(train),
+                                [source and digest_of_names(source) for source in (train, val)])
         self.init = None if self.folder.saved else cfg.init
         torch.manual_seed(cfg.seed)                             # from here on all ranks build the same weights
         return train, val
@@ -350,6 +351,8 @@ class Run:
 
     def stop_between_steps(self, reason, unchanged):
         self.stop_check.patience = None
+        # Before the optimizer steps, passes change nothing but the statistics of a BatchNorm.
+        unchanged = unchanged or not any("running_mean" in name for name, _ in self.model.named_buffers())
         if unchanged:
             self.save(must=True)
         if isinstance(reason, WorkersDied):
@@ -445,7 +448,8 @@ class Run:
 
 
 class Interrupted(BaseException):
-    """A signal, where nothing is half done. Decoding takes any Exception for a damaged image, so this is none."""
+    """A signal has come where nothing is half done. It is no Exception, because decoding takes every one of those for
+    a damaged image."""
 
 
 class StopCheck:
@@ -480,10 +484,12 @@ class StopCheck:
                                                 b"saving\n")
 
     def on_clock(self, number, frame):
-        """Every second after a signal. It may come twice at once: torchrun forwards what the terminal has sent already.
-        But from now on the same signal again ends the process at once."""
+        """Every second after a signal. From now on another one ends the process at once; only not within five seconds
+        under torchrun, which forwards a Ctrl-C that the terminal has already sent."""
         self.seconds += 1
-        signal.signal(self.signal, signal.SIG_DFL)
+        if self.seconds >= (5 if "TORCHELASTIC_RUN_ID" in os.environ else 1):
+            for number in {self.signal, signal.SIGINT} | ({signal.SIGTERM} if self.signal != signal.SIGUSR1 else set()):
+                signal.signal(number, signal.SIG_DFL)           # a scheduler sends USR1, and later TERM, to save twice
         for fd in (1, 2):
             with suppress(OSError, ValueError):                 # it is closed
                 if not select.select([], [fd], [], 0)[1]:       # nobody reads what fills it: drop all that follows

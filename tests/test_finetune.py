@@ -18,7 +18,16 @@ from test_runtime import Source
 
 import finetune
 from data import CenterCrops, decode
-from finetune import evaluate, make_classifier, make_optimizer, objective, open_classifier, resolve, start_from
+from finetune import (
+    LabelTeacher,
+    evaluate,
+    make_classifier,
+    make_optimizer,
+    objective,
+    open_classifier,
+    resolve,
+    start_from,
+)
 from images.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from images.datasets import class_numbers, open_dataset
 from images.mixing import soft_targets
@@ -385,8 +394,11 @@ def test_what_cannot_be_run_is_said(classes, tmp_path):
     assert "does not exist: a checkpoint" in refused("--init", tmp_path / "none.pt")
     model = small(num_classes=3)
     torch.save(dict(config=model.config, model=model.state_dict()), tmp_path / "three.pt")
-    assert "tells 3 classes apart (not named), and val/" in refused("--eval", tmp_path / "three.pt", "--data", classes)
-    assert "and val/ of" in refused("--eval", tmp_path / "three.pt", "--data", flat)
+    assert "tells 3 classes apart (not named), and " in refused("--eval", tmp_path / "three.pt", "--data", classes)
+    assert "does not exist" in refused("--eval", tmp_path / "three.pt", "--data", tmp_path / "no")
+    write_images(tmp_path / "only/train/a", 2)
+    assert "has no images to evaluate on" in refused("--eval", tmp_path / "three.pt", "--data", tmp_path / "only")
+    assert "flat has 0 ()" in refused("--eval", tmp_path / "three.pt", "--data", flat)
     assert "knows 3 classes, with mean" in refused(
         "--data", classes, *TINY, "--out", out, "--distill-teacher", tmp_path / "three.pt")
     assert "none of vit_mini" in refused("--init", tmp_path / "three.pt")
@@ -444,7 +456,7 @@ def test_numbers_of_classes():
     assert class_numbers(None, 12, folders) == [int(name) for name in folders]
     from_one = sorted(map(str, range(1, 13)))
     assert class_numbers(None, 12, from_one) == [int(name) - 1 for name in from_one]
-    assert class_numbers(None, 1000, ["10", "7", "999"]) == [10, 7, 999] and class_numbers(None, 9, ["9"]) == [None]
+    assert class_numbers(None, 1000, ["10", "007", "999"]) == [10, 7, 999] and class_numbers(None, 9, ["9"]) == [None]
     assert class_numbers(folders, 12, folders) == list(range(12))            # stored names win
 
 
@@ -472,11 +484,42 @@ def test_a_part_of_the_classes_is_evaluated_by_name(tmp_path, capsys):
         return capsys.readouterr().out
     text = evaluated("numbers")
     assert "12 images of" in text and "top-1 100.000%" in text
-    assert "does not name its classes: they are taken to be 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11" in text
+    assert "its classes: they are taken to be, in this order, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11\n" in text
     text = evaluated("part")
     assert "2 images of" in text and "part, 2 of the 12 classes, 16x16 pixels: top-1 100.000%" in text
+    shutil.rmtree(tmp_path / "part" / "train")                  # as ImageNet-A and -V2 are laid out
+    assert "part, 2 of the 12 classes" in evaluated("part") and "top-1 100.000%" in evaluated("part/val")
     text = evaluated("numbers", "--class-names", tmp_path / "names.txt")
     assert "top-1 8.333%" in text and "does not name" not in text           # 11 alone is where the head has it
+
+
+def test_class_names_that_cannot_be_read(classes, tmp_path):
+    model = small(num_classes=2)
+    for name, more in (("bare.pt", {}), ("named.pt", dict(classes=["a", "b"]))):
+        torch.save(dict(config=dict(model.config, **more), model=model.state_dict()), tmp_path / name)
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\n\xff\n")
+    args = ["--data", classes, "--class-names"]
+    for path in (tmp_path / "no.txt", tmp_path / "latin.txt"):
+        assert "cannot be read as a text file" in refused("--eval", tmp_path / "bare.pt", *args, path)
+    assert "leave --class-names out" in refused("--eval", tmp_path / "named.pt", *args, tmp_path / "latin.txt")
+
+
+def test_a_teachers_classes_are_found_by_name(classes, tmp_path):
+    """Its logits in the order of our classes; other classes are refused."""
+    model = small(num_classes=2)
+    img, found = torch.randn(3, 3, 16, 16), {}
+    for name, names in (("same", ["a", "b"]), ("turned", ["b", "a"]), ("none", None), ("other", ["a", "c"])):
+        torch.save(dict(config=dict(model.config, classes=names), model=model.state_dict()), tmp_path / name)
+        cfg = SimpleNamespace(distill_teacher=str(tmp_path / name), teacher_heads=None, dtype="fp32")
+        run = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), device=torch.device("cpu"),
+                              train=open_dataset(str(classes)))
+        if name == "other":
+            with pytest.raises(SystemExit, match="knows other classes: it has no b"):
+                LabelTeacher(cfg, 2, run)
+        else:
+            found[name] = LabelTeacher(cfg, 2, run)(img)
+    assert torch.equal(found["same"], found["none"]) and torch.equal(found["turned"], found["same"].flip(1))
+    assert not torch.equal(found["turned"], found["same"])
 
 
 def test_evaluation_of_the_demos_file(tmp_path, capsys):

@@ -464,7 +464,7 @@ def first_moments(state):
     (lambda s: s.pop("model"), "does not fit this run"), (lambda s: s.update(model={}), "Missing key"),
     (lambda s: s.update(model=[1]), "does not fit this run"), (lambda s: s["model"].update(more=torch.ones(2)), "more"),
     (lambda s: s["model"].update(weight=torch.ones(4, 2)), "size mismatch"),
-    (lambda s: s["model"]["weight"].mul_(math.nan), "weight of model is not finite"),
+    (lambda s: s["model"]["weight"].mul_(math.nan), "NaN or infinity in weight of model"),
     (lambda s: s.update(step="7"), "step '7'"), (lambda s: s.update(step=-1), "step -1"),
     (lambda s: s.update(step=81), "step 81 of 80"), (lambda s: s.update(step=7.0), "step 7.0"),
     (lambda s: s.update(config=None), "not the structure"), (lambda s: s.pop("config"), "not the structure"),
@@ -482,7 +482,7 @@ def first_moments(state):
     (lambda s: s["model"].update(bias=torch.ones(2).double()), "bias has the type torch.float64"),
     (lambda s: s["optimizer"]["state"].pop(1), "it has moments for 1 of 2 parameters"),
     (lambda s: s["optimizer"]["state"].update({0: s["optimizer"]["state"][1]}), r"for a parameter of \(2, 4\)"),
-    (lambda s: first_moments(s)["exp_avg"].fill_(math.inf), "state.0.exp_avg of optimizer is not finite"),
+    (lambda s: first_moments(s)["exp_avg"].fill_(math.inf), "NaN or infinity in state.0.exp_avg of optimizer"),
     (lambda s: s["optimizer"]["state"].update({9: {}}), "does not fit this run")])
 def test_a_checkpoint_of_another_structure_is_refused(tmp_path, change, words):
     changed(tmp_path, change)
@@ -585,9 +585,11 @@ def test_a_second_signal_ends_a_process_at_once(tmp_path):
     assert done.returncode == -signal.SIGTERM and done.stdout == "still here\n", done.stderr
 
 
-@pytest.mark.parametrize("accum, stuck_at, step, saved", [(1, 4, 3, 3), (2, 7, 3, 3), (2, 6, 2, 2), (2, 8, 3, 2)])
-def test_a_step_that_waits_does_not_wait_for_ever(classes, tmp_path, capsys, monkeypatch, accum, stuck_at, step, saved):
-    """In the first wait of a step the state is whole and is saved; in a later one it is not, and is left as it was."""
+@pytest.mark.parametrize("accum, stuck_at, batch_norm, step, saved", [
+    (1, 4, True, 3, 3), (2, 7, True, 3, 3), (2, 8, False, 3, 3), (2, 8, True, 3, 2)])
+def test_a_step_that_waits_does_not_wait_for_ever(classes, tmp_path, capsys, monkeypatch, accum, stuck_at, batch_norm,
+                                                  step, saved):
+    """The state is whole and is saved, but in a later wait of a step of a network with BatchNorm."""
     def load_and_get_stuck(*args, load=runtime.run.load, **options):
         for number, batch in enumerate(load(*args, **options), 1):
             if number == stuck_at:
@@ -596,8 +598,11 @@ def test_a_step_that_waits_does_not_wait_for_ever(classes, tmp_path, capsys, mon
             yield batch
     monkeypatch.setattr(runtime.run, "load", load_and_get_stuck)
     monkeypatch.setattr(runtime.run, "PATIENCE", 2)
+    training = Training(tmp_path, classes, epochs=3, accum=accum, save_every=2)
+    if batch_norm:
+        training.model.bn = nn.BatchNorm1d(3)
     with pytest.raises(SystemExit) as stop:
-        Training(tmp_path, classes, epochs=3, accum=accum, save_every=2)()
+        training()
     assert stop.value.code == 0 and f"stopped by a signal after step {step}: the same" in capsys.readouterr().out
     assert torch.load(tmp_path / "last.pt")["step"] == saved
 
@@ -613,7 +618,7 @@ def test_a_signal_ends_a_probe(classes, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="on other systems processes that decode are not forked")
-@pytest.mark.parametrize("deaths", [1, 3])
+@pytest.mark.parametrize("deaths", [1, 99])
 def test_a_process_that_decodes_is_killed(classes, tmp_path, deaths):
     """As by a system that runs out of memory. New ones take over, and the run is the same; or it is saved and ends."""
     code = """if True:
@@ -635,9 +640,9 @@ def test_a_process_that_decodes_is_killed(classes, tmp_path, deaths):
     done = subprocess.run([sys.executable, "-c", code, str(classes), str(tmp_path / "a"), str(deaths)],
                           capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
-    assert done.stdout.count("warning: a process that decodes images has died") == deaths, done.stderr
+    assert done.stdout.count("warning: a process that decodes images has died") >= min(deaths, 3), done.stderr
     state = torch.load(tmp_path / "a" / "last.pt")
-    if deaths == 3:
+    if deaths == 99:
         assert done.returncode == 1 and done.stderr.startswith("processes that decode images died three times in a row")
         assert len(done.stderr.splitlines()) == 1 and state["step"] == max(logged(tmp_path / "a"))
         return

@@ -502,7 +502,8 @@ def test_rgb_for_other_channels(tmp_path, channels):
 
 def test_init_decides_the_mlp_ratio(tmp_path):
     """Scripts build the network of --model around the file of --init; a resumed run no longer needs the file."""
-    cfg = SimpleNamespace(model="vit_mini", heads=4, patch_size=4, img_size=(16,), in_chans=3, init=None)
+    cfg = SimpleNamespace(model="vit_mini", heads=4, patch_size=4, img_size=(16,), in_chans=3, init=None,
+                          out=str(tmp_path / "out"))
     assert ViT(**vit_config(cfg)).config["mlp_ratio"] == 4.0
     trained = ViT(**vit_config(cfg) | dict(mlp_ratio=2.5), positions="learned")
     cfg.init = small_file(tmp_path, trained.state_dict())
@@ -510,9 +511,13 @@ def test_init_decides_the_mlp_ratio(tmp_path):
     load_into(model, read(cfg.init), quiet)
     assert model.config["mlp_ratio"] == 2.5
     assert torch.equal(model.blocks[3].mlp.fc1.weight, trained.blocks[3].mlp.fc1.weight)
-    assert init_mlp_ratio(str(tmp_path / "gone.pt")) == 4.0
     swin = Swin(**SWIN, mlp_ratio=3)
-    assert init_mlp_ratio(small_file(tmp_path, swin.state_dict())) == 3.0
+    assert init_mlp_ratio(SimpleNamespace(init=small_file(tmp_path, swin.state_dict()), out="x")) == 3.0
+    cfg.init = str(tmp_path / "gone.pt")                        # a run that goes on has its own encoder.pt
+    assert init_mlp_ratio(cfg) == 4.0
+    (tmp_path / "out").mkdir()
+    torch.save(dict(model=trained.state_dict(), config=trained.config), tmp_path / "out" / "encoder.pt")
+    assert init_mlp_ratio(cfg) == 2.5
 
 
 @pytest.mark.parametrize("ratio", [1.7, 2.0, 3.3, 4.0])

@@ -3,9 +3,8 @@ Say what a checkpoint is: where its weights are, what network they make, what el
 
 python -m weights FILE        FILE:KEY for one network of several
 """
-import sys
 
-from weights.reading import encoder_options, is_swin, protect_output, read, summary
+from weights.reading import encoder_options, is_swin, load_encoder, read, run_as_tool, summary
 
 
 def main(argv):
@@ -21,8 +20,12 @@ def main(argv):
     for name, value in options.items():
         print(f"  {name:<12} {value}")
     print(f"  {'tensors':<12} {summary(weights.state)}")
+    try:
+        load_encoder(argv[0], heads=options["heads"] if is_swin(weights) else weights.config.get("heads") or 1,
+                     say=lambda text: None)
+    except SystemExit as stop:                                  # some of its parts exist in no network here
+        print(f"  {'refused':<12} {stop}")
 
 
 if __name__ == "__main__":
-    protect_output()
-    main(sys.argv[1:])
+    run_as_tool(main)

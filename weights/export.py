@@ -10,14 +10,13 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 import torch
 
 from nets.beit import BeitViT, TwoHeads
 from vit import Swin
-from weights.reading import import_safetensors, load_classifier, protect_output, read, refuse, summary
+from weights.reading import import_safetensors, load_classifier, read, refuse, run_as_tool, summary
 
 # timm's entries of these widths, depths and patches. Any other shape is a ViT-Base with every option overridden.
 TIMM = {(192, 12, 16): "vit_tiny_patch16_224", (384, 12, 16): "vit_small_patch16_224",
@@ -162,5 +161,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    protect_output()
-    main(sys.argv[1:])
+    run_as_tool(main)

@@ -35,10 +35,17 @@ HEADS = {768: 12, 1024: 16, 1280: 16}
 OUTER = {"module", "_orig_mod", "base_encoder", "backbone", "model", "encoder"}
 
 
-def protect_output():
-    """For a command line: `| head` ends it quietly, and a name that the terminal cannot print is escaped."""
+def run_as_tool(main):
+    """Run a command line: `| head` ends it quietly, a name that the terminal cannot print is escaped, and output that
+    cannot be written ends in a sentence."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stderr.write(f"the output cannot be written: {error}\n")
+        os._exit(1)                                             # Python would try once more, and print a traceback
 
 
 def refuse(path, reason):
@@ -65,6 +72,8 @@ def digest(path):
 def damage_in(path):
     """Compare a file with the checksums that torch.save stores in it -> what is damaged, in words, or None. torch.load
     does not look at them. None also for the kinds of file that have none: older torch.save's, and safetensors."""
+    if not os.path.isfile(path):
+        return "it is no file"
     with open(path, "rb") as f:
         if f.read(4) != b"PK\x03\x04":
             return None
@@ -83,8 +92,8 @@ def damage_in(path):
 
 def load_file(path):
     """Load any .pt, .pth, .tar or .safetensors file as plain data. SystemExit if absent, damaged or holding code."""
-    if not os.path.exists(path):
-        refuse(path, "does not exist: a checkpoint was expected")
+    if not os.path.isfile(path):                                # to open a pipe would be to wait
+        refuse(path, f"{'is no file' if os.path.exists(path) else 'does not exist'}: a checkpoint was expected")
     try:
         if path.endswith(".safetensors"):
             return read_safetensors(path)
@@ -286,9 +295,13 @@ def encoder_options(weights, heads=None, flag="--heads"):
     return swin_options(weights) if is_swin(weights) else vit_options(weights, heads, flag)
 
 
-def init_mlp_ratio(path):
-    """The MLP ratio of the encoder in the file of --init. 4 where the file is gone: a resumed run does not read it."""
-    return encoder_options(read(path), heads=1)["mlp_ratio"] if os.path.exists(file_and_key(path)[0]) else 4.0
+def init_mlp_ratio(cfg):
+    """The MLP ratio of the encoder in the file of --init; where that is gone, of the encoder.pt of the run that goes
+    on; else 4."""
+    for path in (cfg.init, os.path.join(cfg.out, "encoder.pt")):
+        if os.path.exists(file_and_key(path)[0]):
+            return encoder_options(read(path), heads=1)["mlp_ratio"]
+    return 4.0
 
 
 def grid_of(weights, table):
