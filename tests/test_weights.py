@@ -248,7 +248,8 @@ def test_what_is_said_of_a_file(tmp_path, capsys):
         said[name] = dict(line.split(maxsplit=1) for line in lines)
     assert said["stored.pt"] == dict(
         method="mae", network="ViT", dim="24", depth="2", heads="3", mlp_ratio="4.0", patch_size="4", in_chans="3",
-        img_size="(16, 16)", tensors="cls_token (1), pos_embed (1), patch_embed (2), blocks (24), norm (2), head (2)")
+        img_size="(16, 16)", eps="1e-06",
+        tensors="cls_token (1), pos_embed (1), patch_embed (2), blocks (24), norm (2), head (2)")
     assert (said["bare.pt"]["method"], said["bare.pt"]["heads"]) == ("not stored", "not stored")
     assert (said["swin.pt"]["network"], said["swin.pt"]["heads"]) == ("Swin", "(2, 4)")
     for argv in ([], ["--help"], ["a", "b"]):
