@@ -1,6 +1,6 @@
 """
-Public checkpoints in, safely. Every layout in use is a state dict under some key, behind some prefixes; the networks
-here have the published names. So reading is: find the dict, strip the prefixes, resize the positions, say what matched.
+Public checkpoints in, safely. Every layout in use is a state dict under some key, behind some prefixes, with published
+names (layouts.py). So reading is: find the dict, rename, strip prefixes, resize the positions, say what matched.
 """
 import argparse
 import hashlib
