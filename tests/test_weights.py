@@ -286,6 +286,19 @@ def test_any_prefix(tmp_path, prefix):
     assert repr(prefix) in read(path).layout
 
 
+@pytest.mark.parametrize("key", ["model_state_dict", "net", "ema", "weights", "student_backbone"])
+def test_any_key(tmp_path, key):
+    """The one dict of tensors is the network, whatever it is called."""
+    torch.save({"epoch": 3, "optimizer": dict(state={}, lr=0.1), key: vit().state_dict()}, tmp_path / "x.pth")
+    img = torch.randn(2, 3, 16, 16)
+    assert torch.equal(load_encoder(str(tmp_path / "x.pth"), 3, quiet)(img), vit()(img))
+    assert read(str(tmp_path / "x.pth")).layout == f"under {key!r}"
+    torch.save({key: vit().state_dict(), "average": vit().state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(SystemExit, match=f"holds several networks: give .*x.pth:KEY with one of {key}, average"):
+        read(str(tmp_path / "x.pth"))
+    assert torch.equal(load_encoder(f"{tmp_path}/x.pth:{key}", 3, quiet)(img), vit()(img))
+
+
 def test_of_several_networks_one_must_be_named(tmp_path):
     model, zeros = vit(), {k: v * 0 for k, v in vit().state_dict().items()}
     path = small_file(tmp_path, {**prefixed("student.backbone.", model.state_dict()), "student.head.w": torch.ones(1),

@@ -1,7 +1,6 @@
 """
-What other libraries call our tensors (LAYOUTS), what other networks have and ours do not (PARTS), and what config.json
-says. Names here are those of timm, MAE, DeiT and Swin. What cannot be read ends in a ValueError: the text that goes
-after the file's name.
+What other libraries call our tensors (LAYOUTS), what other networks have and ours do not (PARTS), and config.json.
+What cannot be read ends in a ValueError: the text that goes after the file's name.
 """
 import json
 import os
@@ -82,13 +81,10 @@ PARTS = {
     "rotary positions, RoPE": r"(^|\.)rope",
     "a gated MLP, SwiGLU": r"mlp\.(w12|w3|fc1_g|gate_proj|weights_in)\.",
     "q/k norms": r"attn\.([qk]_norm|norm_[qk])\.",
-    "further norms in its blocks": r"blocks\.\d+\.(attn|mlp)\.norm\.",
     "a norm before its blocks, CLIP's pre-norm": r"(^|\.)(norm_pre|ln_pre|pre_layrnorm|pre_layernorm)\.",
     "pooling by attention": r"(^|\.)(attn_pool|head\.probe)",
     "a convolutional stem": r"(^|\.)patch_embed\.(proj\.)?(backbone|conv|stem|\d)",
     "Swin V2's cosine attention": r"att(n|ention)\.(self\.)?logit_scale",
-    "absolute positions in a Swin": r"(^|\.)absolute_pos_embed$",
-    "relative positions that all blocks share": r"(^|\.)rel_pos_bias\.",
 }
 
 # Of config.json: Hugging Face's model types that are read, with their default eps; what its options are called here;

@@ -161,10 +161,14 @@ def read(path, key=None):
     if not isinstance(file, dict):
         refuse(path, f"is no checkpoint: it holds a {type(file).__name__}")
     places = [name for name in (key, "model", "state_dict", "teacher", "student") if isinstance(file.get(name), dict)]
+    bare = any(map(torch.is_tensor, file.values()))
+    others = [k for k, v in file.items() if isinstance(v, dict) and any(map(torch.is_tensor, v.values()))]
+    if not places and not bare and len(others) > 1:
+        refuse(path, f"holds several networks: give {path}:KEY with one of {', '.join(map(str, others))}")
+    places = places or ([] if bare else others)                 # "net", "model_state_dict", ...
     state = file[places[0]] if places else file
     keys = ", ".join(repr(k)[:60].strip("'") for k in list(file)[:8])
-    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
-    if not named or not any(isinstance(v, torch.Tensor) for v in state.values()):
+    if not all(isinstance(k, str) for k in state) or not any(map(torch.is_tensor, state.values())):
         refuse(path, f"holds no weights by name: its keys are {keys}")
     try:
         state, library = layouts.translate(state)
