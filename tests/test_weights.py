@@ -69,7 +69,7 @@ def test_layouts(tmp_path, layout):
     img = torch.randn(2, 3, 16, 16)
     assert torch.equal(found(img), model(img))
     assert vit_options(read(str(tmp_path / "file.pth")), 3) == dict(
-        dim=24, depth=2, heads=3, mlp_ratio=4.0, patch_size=4, in_chans=3, img_size=(16, 16))
+        dim=24, depth=2, heads=3, mlp_ratio=4.0, patch_size=4, in_chans=3, img_size=(16, 16), eps=1e-6)
 
 
 @pytest.mark.parametrize("layout, key", [("dino", "student"), ("moco", "momentum_encoder")])

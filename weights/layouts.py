@@ -123,8 +123,9 @@ def join_qkv(state):
     for name in [name for name in state if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
         three = [name.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
         for other in three:
-            if other not in state or state[other].shape != state[name].shape:
-                raise ValueError(f"has {name} and no {other} of the same shape (BEiT's keys have no bias)")
+            t = state.get(other, torch.empty(()))
+            if t.dim() == 0 or (t.shape, t.dtype) != (state[name].shape, state[name].dtype):
+                raise ValueError(f"has {name} and no {other} of the same shape and type (BEiT's keys have no bias)")
         state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in three])
     for block in ("blocks.0", "layers.0.blocks.0"):
         weight, biases = f"{block}.attn.qkv.weight", {f"{block}.attn.qkv.bias", f"{block}.attn.q_bias"}

@@ -270,15 +270,13 @@ def vit_options(weights, heads=None, flag="--heads"):
     finer = max(ratio, mlp_ratio_of(weights, "decoder_blocks.0"))
     ratio = finer if int(dim * finer) == int(dim * ratio) else ratio
     options = dict(dim=dim, depth=depth, heads=heads, mlp_ratio=ratio, patch_size=patch,
-                   in_chans=in_chans, img_size=(h * patch, w * patch))
+                   in_chans=in_chans, img_size=(h * patch, w * patch), eps=weights.config.get("eps") or 1e-6)
     if table is not None:
         options["relative"] = True
     if "blocks.0.gamma_1" in state:
         options["layer_scale"] = 0.1
     if "blocks.0.attn.q_bias" in state:
         options["key_bias"] = False
-    if weights.config.get("eps"):
-        options["eps"] = weights.config["eps"]
     return options
 
 
