@@ -13,7 +13,7 @@ from nets.beit import BeitViT, resize_relative
 from vit import Swin, ViT
 
 # Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
-ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
+ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
                      r"(?!dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
 
 # What may be missing: a task's own layers, and what relative positions and layer scale add to a plain network.

@@ -69,7 +69,7 @@ def test_layouts(tmp_path, layout):
     img = torch.randn(2, 3, 16, 16)
     assert torch.equal(found(img), model(img))
     assert vit_options(read(str(tmp_path / "file.pth")), 3) == dict(
-        dim=24, depth=2, heads=3, mlp_ratio=4.0, patch_size=4, in_chans=3, img_size=(16, 16))
+        dim=24, depth=2, heads=3, mlp_ratio=4.0, patch_size=4, in_chans=3, img_size=(16, 16), eps=1e-6)
 
 
 @pytest.mark.parametrize("layout, key", [("dino", "student"), ("moco", "momentum_encoder")])
@@ -248,7 +248,8 @@ def test_what_is_said_of_a_file(tmp_path, capsys):
         said[name] = dict(line.split(maxsplit=1) for line in lines)
     assert said["stored.pt"] == dict(
         method="mae", network="ViT", dim="24", depth="2", heads="3", mlp_ratio="4.0", patch_size="4", in_chans="3",
-        img_size="(16, 16)", tensors="cls_token (1), pos_embed (1), patch_embed (2), blocks (24), norm (2), head (2)")
+        img_size="(16, 16)", eps="1e-06",
+        tensors="cls_token (1), pos_embed (1), patch_embed (2), blocks (24), norm (2), head (2)")
     assert (said["bare.pt"]["method"], said["bare.pt"]["heads"]) == ("not stored", "not stored")
     assert (said["swin.pt"]["network"], said["swin.pt"]["heads"]) == ("Swin", "(2, 4)")
     for argv in ([], ["--help"], ["a", "b"]):
@@ -283,6 +284,19 @@ def test_any_prefix(tmp_path, prefix):
     path = small_file(tmp_path, {**prefixed(prefix, model.state_dict()), **others})
     assert torch.equal(load_encoder(path, 3, quiet)(img), model(img))
     assert repr(prefix) in read(path).layout
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "net", "ema", "weights", "student_backbone"])
+def test_any_key(tmp_path, key):
+    """The one dict of tensors is the network, whatever it is called."""
+    torch.save({"epoch": 3, "optimizer": dict(state={}, lr=0.1), key: vit().state_dict()}, tmp_path / "x.pth")
+    img = torch.randn(2, 3, 16, 16)
+    assert torch.equal(load_encoder(str(tmp_path / "x.pth"), 3, quiet)(img), vit()(img))
+    assert read(str(tmp_path / "x.pth")).layout == f"under {key!r}"
+    torch.save({key: vit().state_dict(), "average": vit().state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(SystemExit, match=f"holds several networks: give .*x.pth:KEY with one of {key}, average"):
+        read(str(tmp_path / "x.pth"))
+    assert torch.equal(load_encoder(f"{tmp_path}/x.pth:{key}", 3, quiet)(img), vit()(img))
 
 
 def test_of_several_networks_one_must_be_named(tmp_path):

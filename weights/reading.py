@@ -1,6 +1,6 @@
 """
-Public checkpoints in, safely. Every layout in use is a state dict under some key, behind some prefixes; the networks
-here have the published names. So reading is: find the dict, strip the prefixes, resize the positions, say what matched.
+Public checkpoints in, safely. Every layout in use is a state dict under some key, behind some prefixes, with published
+names (layouts.py). So reading is: find the dict, rename, strip prefixes, resize the positions, say what matched.
 """
 import argparse
 import hashlib
@@ -20,6 +20,7 @@ import torch
 from nets import naming
 from nets.beit import TwoHeads
 from vit import pair, resize_positions
+from weights import layouts
 
 # state: tensors by published names; config: the options that the file stores, maybe none; layout: where it all was
 Weights = namedtuple("Weights", "state config layout path")
@@ -63,9 +64,17 @@ def file_and_key(path):
     return file, key
 
 
+def weights_file(path):
+    """The file with the weights in a folder of Hugging Face's or timm's; of a file the file itself."""
+    found = [name for name in layouts.FILES if os.path.isfile(os.path.join(path, name))]
+    if os.path.isdir(path) and not found:
+        refuse(path, f"is a folder without {' or '.join(layouts.FILES)}: give a file, or a folder with one of these")
+    return os.path.join(path, found[0]) if found else path
+
+
 def digest(path):
-    """The sha256 of a file, FILE or FILE:KEY, as 64 hexadecimal digits: what a run remembers a file by."""
-    with open(file_and_key(path)[0], "rb") as f:
+    """The sha256 of a FILE, FILE:KEY or FOLDER's weights, as 64 hexadecimal digits: what a run remembers a file by."""
+    with open(weights_file(file_and_key(path)[0]), "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -130,9 +139,9 @@ def read_safetensors(path):
     return {**tensors, "config": config, "method": config.get("method")}
 
 
-def config_of(path, file):
-    """The options that a loaded file stores, and the method that made it, or None. SystemExit for what is none."""
-    config = {}
+def config_of(path, file, beside):
+    """The options stored in a file, over those `beside` it, and its method or None. SystemExit for what is none."""
+    config = dict(beside)
     for place in ("args", "config"):                            # the second one wins
         found = file.get(place)
         found = vars(found) if isinstance(found, argparse.Namespace) else found
@@ -156,37 +165,49 @@ def read(path, key=None):
     (default) or "momentum_encoder", timm's "state_dict_ema". FILE:KEY as path means the same.
     """
     path, key_in_path = file_and_key(path)
-    key = key_in_path or key
-    file = load_file(path)
+    place, key = weights_file(path), key_in_path or key
+    file = load_file(place)
     if not isinstance(file, dict):
         refuse(path, f"is no checkpoint: it holds a {type(file).__name__}")
     places = [name for name in (key, "model", "state_dict", "teacher", "student") if isinstance(file.get(name), dict)]
+    bare = any(map(torch.is_tensor, file.values()))
+    others = [k for k, v in file.items() if isinstance(v, dict) and any(map(torch.is_tensor, v.values()))]
+    if not places and not bare and len(others) > 1:
+        refuse(path, f"holds several networks: give {path}:KEY with one of {', '.join(map(str, others))}")
+    places = places or ([] if bare else others)                 # "net", "model_state_dict", ...
     state = file[places[0]] if places else file
     keys = ", ".join(repr(k)[:60].strip("'") for k in list(file)[:8])
-    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
-    if not named or not any(isinstance(v, torch.Tensor) for v in state.values()):
+    if not all(isinstance(k, str) for k in state) or not any(map(torch.is_tensor, state.values())):
         refuse(path, f"holds no weights by name: its keys are {keys}")
-    prefix = prefix_of(path, state, "" if key in places else key, keys)
-    # DINO's heads stand beside its backbone, and are kept. ls1.gamma is what timm and DINOv2 call BEiT's gamma_1.
-    outer = re.sub(r"(^|\.)backbone\.$", r"\1", prefix)
-    state = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", k.removeprefix(prefix).removeprefix(outer)): v
-             for k, v in state.items() if k.startswith((prefix, f"{outer}head.", f"{outer}head_dense."))}
-
-    layout = f"under {places[0]!r}" if places else "a bare state dict"
-    weights = Weights(state, config_of(path, file), layout + (prefix and f", behind {prefix!r}"), path)
-    if "dist_token" in state:
-        refuse(path, "has a distillation token: DeiT's distilled networks are not supported, use the plain DeiT file")
-    for part in () if is_swin(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
-        if not any(k.startswith(part.split()[0]) for k in state):
-            refuse(path, f"is no plain vision transformer and no Swin: it has no {part}, and holds {summary(state)}")
-    return weights._replace(state=checked_tensors(path, state))
+    try:
+        state, library = layouts.translate(state)
+        prefix = prefix_of(path, state, "" if key in places else key, keys)
+        # DINO's heads stand beside its backbone, and are kept. ls1.gamma is what timm and DINOv2 call BEiT's gamma_1.
+        outer = re.sub(r"(^|\.)backbone\.$", r"\1", prefix)
+        state = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", k.removeprefix(prefix).removeprefix(outer)): v
+                 for k, v in state.items() if k.startswith((prefix, f"{outer}head.", f"{outer}head_dense."))}
+        foreign = layouts.foreign_parts([name for name in state if naming.ENCODER.match(name)])
+        if foreign:
+            refuse(path, f"has {foreign}, which the network here has no place for")
+        layout = (f"under {places[0]!r}" if places else "a bare state dict") + (prefix and f", behind {prefix!r}")
+        weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
+        for part in () if is_swin(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
+            if not any(k.startswith(part.split()[0]) for k in state):
+                refuse(path, f"is no plain vision transformer and no Swin: it has no {part}; it has {summary(state)}")
+        state = checked_tensors(path, state)
+        layouts.join_qkv(state)
+        beside = dict(eps=library and library.eps) | layouts.settings_of(place, state)
+    except ValueError as error:
+        refuse(path, str(error))
+    return weights._replace(state=state, config=config_of(path, file, beside))
 
 
 def prefix_of(path, state, key, keys):
     """What stands before a network's names: "module.backbone.", say. key: a part of it; keys: what the file has."""
     found = [k.removesuffix("patch_embed.proj.weight") for k in state if f".{k}".endswith(".patch_embed.proj.weight")]
     if not found:
-        refuse(path, f"is no network known here: no patch_embed.proj.weight, but {', '.join(list(state)[:3])}, ...")
+        foreign = layouts.foreign_parts(state) or "no patch_embed.proj.weight"
+        refuse(path, f"is no network known here: it has {foreign}, and holds {', '.join(list(state)[:3])}, ...")
     fitting = [prefix for prefix in found if not key or f".{key}." in f".{prefix}"]
     if not fitting:
         refuse(path, f"has nothing called {key!r}: its keys are {keys}")
@@ -258,7 +279,7 @@ def vit_options(weights, heads=None, flag="--heads"):
     finer = max(ratio, mlp_ratio_of(weights, "decoder_blocks.0"))
     ratio = finer if int(dim * finer) == int(dim * ratio) else ratio
     options = dict(dim=dim, depth=depth, heads=heads, mlp_ratio=ratio, patch_size=patch,
-                   in_chans=in_chans, img_size=(h * patch, w * patch))
+                   in_chans=in_chans, img_size=(h * patch, w * patch), eps=weights.config.get("eps") or 1e-6)
     if table is not None:
         options["relative"] = True
     if "blocks.0.gamma_1" in state:
@@ -311,6 +332,8 @@ def grid_of(weights, table):
     if (height // patch) * (width // patch) == count > 0:
         return height // patch, width // patch
     side = round(max(count, 0) ** 0.5)
+    if count > 0 and side * side != count and math.isqrt(count + 1) ** 2 == count + 1:
+        refuse(weights.path, f"has positions for {count + 1} patches and none for cls, no_embed_class: not supported")
     if side * side != count or not count:
         refuse(weights.path, f"has positions for {count} patches, which is no square, and stores no image size")
     return side, side
@@ -406,8 +429,8 @@ def load_classifier(weights, heads=None, flag="--heads", **options):
     state, config, swin = weights.state, weights.config, is_swin(weights)
     found = encoder_options(weights, heads, flag)
     if not swin:
-        found.update(pool="avg" if "fc_norm.weight" in state else "cls", positions="learned")
-        found.update({k: config[k] for k in ("eps", "resize_offset") if config.get(k) is not None})
+        found.update(pool="avg" if "fc_norm.weight" in state else "cls", positions="learned",
+                     resize_offset=config.get("resize_offset") or 0.0)
     # A head of another width reads more than this network's feature: several blocks, or what a projector projects.
     width = found["dim"] * 2 ** (len(found["depths"]) - 1) if swin else found["dim"]
     head = state.get("head.weight") if "head.bias" in state else None
