@@ -28,6 +28,8 @@ def save_sheet(columns, note, path):
         os.replace(path + ".tmp", path)
         return True
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")                            # half of it
         print(f"warning: {path} could not be drawn: {error}")
         return False
 
