@@ -567,22 +567,27 @@ def test_a_signal_stops_at_the_next_step(tmp_path, capfd):
     assert capfd.readouterr().err == ""                         # of several processes, one says it
 
 
-def test_a_second_signal_ends_a_process_at_once(tmp_path):
-    """The first one twice at once is one, as torchrun forwards it; from a second later on it is the system's own."""
+@pytest.mark.parametrize("first, second, ends", [("SIGTERM", "SIGTERM", True), ("SIGINT", "SIGTERM", True),
+                                                 ("SIGHUP", "SIGINT", True), ("SIGUSR1", "SIGTERM", False)])
+def test_a_second_signal_ends_a_process_at_once(tmp_path, first, second, ends):
+    """Within the first second it is one, as torchrun forwards it; later it is the system's own. But a scheduler sends
+    USR1, and TERM some time after, to a run that should still save."""
     code = """if True:
         import os, signal, sys, time
         from test_runtime import stop_check_in
         stop_check_in(sys.argv[1])
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), number)
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
         time.sleep(1.1)
         print("still here", flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
-        print("and here")
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+        print("and here", flush=True)
+        os._exit(0)
     """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
-    assert done.returncode == -signal.SIGTERM and done.stdout == "still here\n", done.stderr
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), first, second], capture_output=True, text=True,
+                          timeout=60, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+    assert done.returncode == (-getattr(signal, second) if ends else 0), done.stderr
+    assert done.stdout == ("still here\n" if ends else "still here\nand here\n")
 
 
 @pytest.mark.parametrize("accum, stuck_at, batch_norm, step, saved", [
