@@ -55,29 +55,32 @@ class Writers:
     A writer that fails is named once and given up: the run and its log.jsonl go on."""
 
     def __init__(self, cfg, rank, start):
-        self.writers = {}
+        self.cfg, self.start, self.writers = cfg, start, {}
         OPEN_WRITERS.append(self)
-        for name, kind in WRITERS.items():
-            if not getattr(cfg, name):
-                continue
-            if importlib.util.find_spec(name) is None:
+        for name in WRITERS:
+            if getattr(cfg, name) and importlib.util.find_spec(name) is None:
                 fail(f"--{name} needs a package that is not installed: pip install {name}")
-            if rank == 0:
-                self.attempt(name, lambda name=name, kind=kind: self.writers.update({name: kind(cfg, start)}))
+            if getattr(cfg, name) and rank == 0:
+                self.attempt(name, self.open, name)
 
-    def attempt(self, name, action):
+    def open(self, name):
+        self.writers[name] = WRITERS[name](self.cfg, self.start)
+
+    def attempt(self, name, action, *arguments):
         try:
-            action()
+            action(*arguments)
         except Exception as error:                              # a network, a full disk, a package's own troubles
             self.writers.pop(name, None)
             print(f"warning: --{name} is given up ({' '.join(str(error).split())[:120]}); log.jsonl goes on")
 
     def write(self, row):
         """Write the numbers of a row that has a step."""
+        if "step" not in row:
+            return
         numbers = {name: value for name, value in row.items() if type(value) in (int, float) and name != "step"}
-        for name, writer in [*self.writers.items()] if "step" in row else ():
-            self.attempt(name, lambda writer=writer: writer.write(row["step"], numbers))
+        for name, writer in list(self.writers.items()):
+            self.attempt(name, writer.write, row["step"], numbers)
 
     def close(self):
-        for name, writer in [*self.writers.items()]:
+        for name, writer in list(self.writers.items()):
             self.attempt(name, writer.close)
