@@ -74,12 +74,11 @@ class Writers:
             print(f"warning: --{name} is given up ({' '.join(str(error).split())[:120]}); log.jsonl goes on")
 
     def write(self, row):
-        """Write the numbers of a row that has a step."""
-        if "step" not in row:
-            return
+        """Write the numbers of a row, if it has a step."""
         numbers = {name: value for name, value in row.items() if type(value) in (int, float) and name != "step"}
         for name, writer in list(self.writers.items()):
-            self.attempt(name, writer.write, row["step"], numbers)
+            if "step" in row:
+                self.attempt(name, writer.write, row["step"], numbers)
 
     def close(self):
         for name, writer in list(self.writers.items()):
