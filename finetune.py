@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from images.augment import normalize, random_flip, statistics
-from images.datasets import class_numbers, find_classes, look_over, open_to_evaluate, same_classes
+from images.datasets import find_classes, look_over, open_to_evaluate, same_classes
 from images.mixing import erase, random_mix, soft_targets
 from images.randaugment import AugmentedCrops
 from nets.beit import BeitViT, TwoHeads
@@ -187,9 +187,7 @@ class LabelTeacher(FileOfRun):
             if [model.config["num_classes"], *stored] != [classes, run.mean, run.std]:
                 fail(f"{self.path} knows {model.config['num_classes']} classes, with mean and std {stored}; the data "
                      f"has {classes}, with {[run.mean, run.std]}: both networks see the same, so these must agree")
-            self.numbers = class_numbers(file.config.get("classes"), classes, run.train.classes)
-            if None in self.numbers:
-                fail(f"{self.path} knows other classes: it has no {run.train.classes[self.numbers.index(None)]}")
+            self.numbers = find_classes(run.train, self.path, classes, file.config.get("classes"))
         self.model = model.requires_grad_(False).eval().to(run.device, DTYPES[cfg.dtype])
 
     @torch.no_grad()

@@ -279,7 +279,7 @@ def class_numbers(names, count, folders):
     return [number.get(name) for name in folders]
 
 
-def find_classes(source, file, count, names, path):
+def find_classes(source, file, count, names, path=None):
     """Find the classes of a source among the `count` of the classifier in `file`, see class_numbers -> their numbers.
     names: those that the file stores, or None; path: of a text file with a name a line (--class-names), or None."""
     if path and names:

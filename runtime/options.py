@@ -89,7 +89,7 @@ class NetworkOptions(Options):
 class TrainingOptions(NetworkOptions):
     """Further options of those that train it on random crops of one size."""
     min_crop: float | None = opt(None, "smallest area of a random crop, fraction of the image", least=0, most=1)
-    interpolation: str | None = opt(None, "random: drawn for each crop", choices=("bicubic", "bilinear", "random"))
+    interpolation: str | None = opt(None, "resizing; random: drawn per crop", choices=("bicubic", "bilinear", "random"))
 
 
 @dataclass
