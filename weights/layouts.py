@@ -94,7 +94,7 @@ OPTIONS = dict(num_attention_heads="heads", num_heads="heads", layer_norm_eps="e
                window_size="window", decoder_num_attention_heads="decoder_heads", norm_pix_loss="norm_pix")
 TIMM_HEADS = dict(tiny=3, small=6, base=12, large=16, huge=16)
 FILES = "model.safetensors", "pytorch_model.bin"
-AS_TEACHER = " (a student can learn from it: distill.py --teacher timm:NAME --teacher-file FILE, by its name in timm)"
+AS_TEACHER = "; a student can learn from any ViT of timm's, though: distill.py --teacher timm:NAME --teacher-file FILE"
 
 
 def translate(state):
@@ -134,7 +134,8 @@ def join_qkv(state):
             raise ValueError("has queries, keys and values without biases, and the network here has biases")
         inner, outer = (state.get(f"{block}.mlp.fc{i}.weight", torch.empty(1, 1)) for i in (1, 2))
         if inner.dim() == outer.dim() == 2 and len(inner) == 2 * outer.shape[1]:
-            raise ValueError(f"has a gated MLP, SwiGLU ({block}.mlp), which the network here has no place for")
+            raise ValueError(f"has a gated MLP, SwiGLU ({block}.mlp), which the network here has no place "
+                             f"for{AS_TEACHER}")
 
 
 def settings_of(path, state):

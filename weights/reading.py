@@ -193,7 +193,8 @@ def read(path, key=None):
         weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
         for part in () if is_swin(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
             if not any(k.startswith(part.split()[0]) for k in state):
-                refuse(path, f"is no plain vision transformer and no Swin: it has no {part}; it has {summary(state)}")
+                refuse(path, f"is no plain vision transformer and no Swin: it has no {part}, but {summary(state)}"
+                             f"{layouts.AS_TEACHER}")
         state = checked_tensors(path, state)
         layouts.join_qkv(state)
         beside = dict(eps=library and library.eps) | layouts.settings_of(place, state)
@@ -334,7 +335,8 @@ def grid_of(weights, table):
         return height // patch, width // patch
     side = round(max(count, 0) ** 0.5)
     if count > 0 and side * side != count and math.isqrt(count + 1) ** 2 == count + 1:
-        refuse(weights.path, f"has positions for {count + 1} patches and none for cls, no_embed_class: not supported")
+        refuse(weights.path, f"has positions for {count + 1} patches and none for cls, no_embed_class, which is not "
+                             f"supported{layouts.AS_TEACHER}")
     if side * side != count or not count:
         refuse(weights.path, f"has positions for {count} patches, which is no square, and stores no image size")
     return side, side
