@@ -379,8 +379,8 @@ REFUSED = {
 }
 
 
-AS_TEACHER = {"registers", "no cls", "no_embed_class", "SigLIP", "q/k norms", "CLIP", "SwiGLU", "RoPE", "DINOv3", "EVA-02",
-              "HF registers", "HF SwiGLU", "HF CLIP", "HF SigLIP"}
+AS_TEACHER = {"registers", "no cls", "no_embed_class", "SigLIP", "q/k norms", "CLIP", "SwiGLU", "RoPE", "DINOv3",
+              "EVA-02", "HF registers", "HF SwiGLU", "HF CLIP", "HF SigLIP"}
 
 
 @pytest.mark.parametrize("name", REFUSED)

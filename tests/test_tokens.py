@@ -282,6 +282,11 @@ def test_mistaken_command_lines():
         assert text in refused(distill.read_config, list(arguments))
 
 
+def test_a_teacher_of_timm_for_pixels():
+    """mae.py compares attention, which timm's networks do not give."""
+    assert "only `distill.py --distill tokens`" in refused(distill.Teacher, "timm:x", None, "attention", None, {}, 1, None)
+
+
 def test_recipe():
     cfg = distill.read_config(["--teacher", "timm:x"])
     assert (cfg.distill, cfg.patch_loss, cfg.mask_ratio) == ("tokens", "features", 0)
