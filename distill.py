@@ -83,7 +83,7 @@ def layer_pairs(layers, kind, depth, teacher_depth):
 def read_teacher(path, heads):
     """The weights in a file of any layout, and the options of the ViT that they make."""
     if path.startswith("timm:"):
-        fail(f"{path}: only `distill.py --distill tokens` takes a teacher of timm's; here the file of a ViT is expected")
+        fail(f"{path}: only `distill.py --distill tokens` takes a teacher of timm's; here a ViT's file is expected")
     file = weights.read(path)
     stored = file.config.get("heads")
     if heads and stored and heads != stored:

@@ -284,7 +284,7 @@ def test_mistaken_command_lines():
 
 def test_a_teacher_of_timm_for_pixels():
     """mae.py compares attention, which timm's networks do not give."""
-    assert "only `distill.py --distill tokens`" in refused(distill.Teacher, "timm:x", None, "attention", None, {}, 1, None)
+    assert "only `distill.py --distill tokens`" in refused(distill.Teacher, "timm:x", None, "hidden", None, {}, 1, None)
 
 
 def test_recipe():
