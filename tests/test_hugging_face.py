@@ -4,6 +4,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from golden import FOLDER, Golden, needs_golden, recordings
+from golden import close as close_recorded
 from PIL import Image
 from test_export import RELATIVE, faint, saved, special, swin, vit
 from torch import nn
@@ -155,6 +157,60 @@ def test_decoders_of_others(tmp_path):
         torch.save(file, tmp_path / f"{i}.pt")
         with pytest.raises(SystemExit, match=words):
             export.export(str(tmp_path / f"{i}.pt"), "hf")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Recorded runs of the reference implementations, in transformers
+
+def open_or_refuse(path, folder, heads=None):
+    """What transformers opens of a file; None, if a sentence refuses it because its images are not square, say."""
+    if hugging_face.unfit(load_classifier(read(path), heads)[0]):
+        with pytest.raises(SystemExit, match="which transformers does not support"):
+            export.export(path, "hf", str(folder), heads)
+        return None
+    export.export(path, "hf", str(folder), heads)
+    return opened(folder)
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["mae_vit_ft_cls", "mae_vit_ft_gap", "maelite_vit_ft_gap", "maelite_rpe_ft"])
+@torch.no_grad()
+def test_recorded_classifiers(tmp_path, name):
+    g, path = Golden(name), str(tmp_path / "x.pth")
+    torch.save(dict(model=g.under("state"), config=dict(img_size=g.config["img_size"])), path)
+    model = open_or_refuse(path, tmp_path / "hf", g.config["num_heads"])
+    if model:
+        close_recorded(model(g("input/imgs")).logits, g("out/logits"), 2e-5)
+
+
+@needs_golden
+@pytest.mark.parametrize("name", recordings("ckpt_mae_visualize_release"))
+@torch.no_grad()
+def test_the_recorded_mae(tmp_path, name):
+    """An official file with its decoder, and beside it the options that it does not store."""
+    g, path = Golden(name), str(tmp_path / "x.pth")
+    c, file = g.config, torch.load(FOLDER / g.config["checkpoint"], weights_only=True)
+    stored = dict(heads=c["num_heads"], decoder_heads=c["decoder_num_heads"], mask_ratio=c["mask_ratio"],
+                  norm_pix_loss=c["norm_pix_loss"], img_size=c["img_size"])
+    torch.save(dict(file, config=stored), path)
+    model = open_or_refuse(path, tmp_path / "hf")
+    found = model(g("input/imgs"), noise=g("rand/noise"))
+    close_recorded(found.loss, g("out/loss"), 2e-5)
+    close_recorded(found.logits, g("out/pred"), 2e-5)
+    assert torch.equal(found.mask, g("out/mask"))
+
+
+@needs_golden
+@pytest.mark.parametrize("name", recordings("ckpt_esvit"))
+@torch.no_grad()
+def test_the_recorded_esvit(tmp_path, name):
+    """Its Swin has an eps of 1e-6, transformers' merges with 1e-5."""
+    g = Golden(name)
+    for who in ("teacher", "student"):
+        model = open_or_refuse(f"{FOLDER / g.config['checkpoint']}:{who}", tmp_path / who)
+        if model and model.config.image_size == g.config["img_size"]:
+            close_recorded(model(g("input/imgs")).pooler_output, g(f"out/cls_{who}"), 2e-5)
+            close_recorded(model(g("input/imgs")).last_hidden_state, g(f"out/region_{who}"), 2e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------
