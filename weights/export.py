@@ -56,16 +56,17 @@ def write_safetensors(path, state, facts):
         raise OSError(str(error)) from None
 
 
-# What is added to the tokens, and with it what makes them: all that is scaled when they are.
+# All tensors whose results are added up to tokens, and the patch projection of a Swin, which a norm follows.
 ADDED = re.compile(r"cls_token|pos_embed|patch_embed\..*|.*\.(attn\.proj|mlp\.fc2|downsample\.reduction)\..*")
 
 
 def with_eps(model, to):
-    """The tensors of a network that computes the same with the eps of a format -> (they, that eps, the scale s).
+    """Give a network the eps of a format's library -> (its tensors, the eps, the factor s of its tokens, mostly 1).
 
-    timm has an eps of 1e-6 in a ViT and 1e-5 in a Swin, and transformers 1e-5 where a Swin merges patches; a folder
-    cannot say another one. A norm divides by sqrt(var(x) + eps). So tokens that are s times as large are normed to the
-    same numbers with an eps of s^2 times as much, and they are that large if all is that is added up to make them."""
+    timm has an eps of 1e-6 in a ViT and 1e-5 in a Swin, and transformers 1e-5 where a Swin merges patches: no folder
+    can say another one. A norm divides by sqrt(var(x) + eps). So tokens that are s times as large are normed to the
+    same numbers if eps is s^2 times as large; and they become that large if everything that is added up to them does.
+    """
     state, eps = model.state_dict(), model.config["eps"]
     wanted = eps
     if isinstance(model, Swin) and to in FOLDERS:
@@ -135,7 +136,7 @@ def write_onnx(path, model, facts):
 
 
 def flaw(weights, model, to, scale):
-    """Why a format has no place for a network, in words that follow the file's name, or None. scale: see with_eps."""
+    """Why a format cannot hold a network, as the text that goes after the file's name, or None. scale: see with_eps."""
     reason = None
     if to in FOLDERS:
         reason = unfit_for_timm(model) if to == "timm" else hugging_face.unfit(model)
