@@ -1,16 +1,18 @@
 """
-Distillation before fine-tuning: a student learns the attention (or the hidden states) of a frozen, larger ViT.
-mae.py --distill-teacher adds it to the pixels (D-MAE, https://arxiv.org/abs/2205.14443; decoupled, D2-MAE,
-https://arxiv.org/abs/2404.12210). As a script, this file trains a student on it alone.
+Distillation before fine-tuning: a student learns from a frozen, larger ViT, without labels. What it learns is the
+teacher's attention or hidden states, and mae.py --distill-teacher adds that to the pixels (D-MAE,
+https://arxiv.org/abs/2205.14443; decoupled, D2-MAE, https://arxiv.org/abs/2404.12210); or the final tokens of a
+foundation model of timm's, as in Proteus (https://github.com/BeSpontaneous/Proteus-pytorch) without its masked pass.
 
 One node:   torchrun --standalone --nproc_per_node=8 distill.py --teacher mae_base.pth --out out/distill
-One GPU:    python distill.py --teacher mae_base.pth --accum 8
-A minute:   make demo-distill
+DINOv2:     python distill.py --teacher timm:vit_small_patch14_reg4_dinov2 --teacher-file dinov2_vits14_reg4.pth
+Minutes:    python distill.py --demo        (final tokens; make demo-distill has attention)
 Preempted:  type the same command again
-Expected:   not run yet at full size; the demo's last lines are in the README
+Expected:   not run yet at full size; the demos' last lines are in README.md and docs/findings.md
 """
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import nn
 
 import weights
 from images.augment import normalize, random_flip
+from nets.timm_vit import FrozenViT, cached_file, load_timm_vit, save_random_timm_vit
 from runtime.folder import FileOfRun
 from runtime.options import ProbeOptions, TrainingOptions, fail, flag, opt, parse, value_errors_exit, vit_config
 from runtime.run import DTYPES, Run, decay_groups, launch, print_rank0, warmup_cosine
@@ -77,18 +80,30 @@ def layer_pairs(layers, kind, depth, teacher_depth):
     return dict(attention=[], hidden=pairs) if kind == "hidden" else dict(attention=pairs, hidden=[])
 
 
+def read_teacher(path, heads):
+    """The weights in a file of any layout, and the options of the ViT that they make."""
+    file = weights.read(path)
+    stored = file.config.get("heads")
+    if heads and stored and heads != stored:
+        fail(f"--teacher-heads {heads}: {path} says that it has {stored}")
+    return file, weights.vit_options(file, heads, "--teacher-heads")
+
+
+def licence_of(file):
+    """The licence of a teacher's own teacher, if its file names one: it may bind the student, too."""
+    teacher = file.config.get("teacher")
+    return str(teacher.get("licence")) if isinstance(teacher, dict) and teacher.get("licence") else None
+
+
 class Teacher(FileOfRun):
     """A frozen ViT from a file of any layout; called, it gives what a student is compared with. No module, so that no
     checkpoint holds its weights. kind, layers: see layer_pairs; student: the student's ViT options; student_depth: its
     blocks, an extra one included; run: for mean, std, device and dtype."""
 
     def __init__(self, path, heads, kind, layers, student, student_depth, run):
-        file = weights.read(path)
+        file, self.options = read_teacher(path, heads)
         super().__init__(path)
-        stored = file.config.get("heads")
-        if heads and stored and heads != stored:
-            fail(f"--teacher-heads {heads}: {path} says that it has {stored}")
-        self.options = weights.vit_options(file, heads, "--teacher-heads")
+        self.facts = dict(name=os.path.basename(path), sha256=self.sha256, licence=licence_of(file))
         # Both see the same patches, so these must agree.
         ours = dict(student, mean=run.mean, std=run.std)
         theirs = dict(self.options, **{name: tuple(file.config.get(name) or ours[name]) for name in ("mean", "std")})
@@ -144,13 +159,17 @@ class DistillLoss(nn.Module):
 
 
 def chance_error(targets):
-    """The error of always predicting the mean of the teacher's targets, summed over pairs: the chance level."""
-    return sum(target.float().var(unbiased=False) for target in targets)
+    """The error of always predicting the mean of each channel (D) of the teacher's states, or of each head's logits,
+    summed over pairs: the chance level."""
+    channels = [1 if target.dim() == 4 else -1 for target in targets]           # (B, H, N, N) or (B, N, D)
+    return sum(target.float().transpose(0, channel).flatten(1).var(1, unbiased=False).mean()
+               for target, channel in zip(targets, channels))
 
 
 class DistillStudent(nn.Module):
     """A ViT that learns from a teacher alone. decoupled: the teacher is compared with a LogitsBlock above the ViT.
     `model` and the adapters are trained; the teacher is no module, so it is not."""
+    parts = {}                                                  # of the loss, for the log: it has only one
 
     def __init__(self, vit, teacher, decoupled=False, adapter=True):
         super().__init__()
@@ -199,48 +218,241 @@ class DistilledMAE(DistillStudent):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Final tokens: learn what a foundation model makes of an image
+
+
+def read_own_vit(path, heads, grid, mean, std):
+    """The ViT in a file of any layout, for images of grid (h, w) patches -> FrozenViT. mean, std: where it has none."""
+    file, options = read_teacher(path, heads)
+    patch = options["patch_size"]
+    pool = "cls" if "norm.weight" in file.state else "avg"      # classifiers of the mean token have no norm before it
+    with value_errors_exit():
+        vit = weights.build({**options, "positions": "learned", "img_size": [n * patch for n in grid], "pool": pool})
+    weights.load_into(vit, file, print_rank0)
+    mean, std = tuple(file.config.get("mean") or mean), tuple(file.config.get("std") or std)
+    return FrozenViT(vit, vit.encode, 1, True, patch, vit.width, options["in_chans"], mean, std, licence_of(file))
+
+
+class TokenTeacher(FileOfRun):
+    """A frozen ViT; called with a student's images, it gives its own final tokens of the same patches, standardised.
+
+    name: timm:NAME, with its official weights in `file` or in timm's cache; or the file of a ViT in any layout. grid:
+    (h, w), the patches of the student's images; run: for their mean and std, device, dtype. No module, see Teacher.
+    """
+
+    def __init__(self, name, file, heads, grid, run):
+        if name.startswith("timm:"):
+            with value_errors_exit():
+                path = file or cached_file(name[5:])
+                self.vit = load_timm_vit(name[5:], path, grid)
+        else:
+            path, self.vit = name, read_own_vit(name, heads, grid, run.mean, run.std)
+        super().__init__(path)
+        if self.vit.in_chans != len(run.mean):
+            fail(f"the teacher {name} sees images of {self.vit.in_chans} channels, the student of {len(run.mean)}: "
+                 f"--in-chans {self.vit.in_chans} is expected")
+        self.facts = dict(name=os.path.basename(name), sha256=self.sha256, licence=self.vit.licence)
+        print_rank0(f"teacher {name}: {self.vit.width} wide, patches of {self.vit.patch_size}, licence "
+                    f"{self.vit.licence or 'not known'}: it may bind the student, too")
+        self.dtype = DTYPES[run.cfg.dtype]
+        self.vit.network.requires_grad_(False).eval().to(run.device, self.dtype)
+        # Both see the same patches, so the teacher's image has another size where its patches have.
+        self.size = [n * self.vit.patch_size for n in grid]
+        # From the student's normalisation to the teacher's: (x * std + mean - teacher's mean) / teacher's std.
+        mean, std, its_mean, its_std = (torch.tensor(values, device=run.device).view(-1, 1, 1)
+                                        for values in (run.mean, run.std, self.vit.mean, self.vit.std))
+        self.scale, self.shift = std / its_std, (mean - its_mean) / its_std
+        self.same_colours = (tuple(run.mean), tuple(run.std)) == (self.vit.mean, self.vit.std)
+
+    def state_dict(self):
+        return dict(self.facts)
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if state["name"] != self.facts["name"] and state["name"].startswith("timm:"):       # files may be renamed
+            fail(f"this run began with --teacher {state['name']}, not {self.facts['name']}: give that or another --out")
+
+    @torch.no_grad()
+    def __call__(self, img):
+        """The student's normalised images (B, C, h, w) -> tokens of cls (B, D), or None without one, and of the patches
+        (B, N, D), in fp32."""
+        if not self.same_colours:
+            img = img * self.scale + self.shift
+        if list(img.shape[-2:]) != self.size:
+            img = F.interpolate(img.float(), self.size, mode="bicubic", antialias=True)
+        with torch.autocast(img.device.type, enabled=False):    # its weights have the precision themselves
+            tokens = self.vit.tokens(img.to(self.dtype))                                        # (B, prefix + N, D)
+        # Standardised over the channels of each token (ours): teachers differ in scale, and some have huge channels.
+        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
+        cls = tokens[:, 0] if self.vit.has_cls else None                                        # (B, D)
+        return cls, tokens[:, self.vit.prefix:]                 # registers are left out
+
+
+def relation_logits(tokens, temperature=0.07):
+    """Patches (B, N, D) -> how alike any two of an image are: their cosines by temperature, (B, N, N)."""
+    tokens = F.normalize(tokens.float(), dim=-1)
+    return tokens @ tokens.transpose(1, 2) / temperature
+
+
+def relation_error(tokens, targets):
+    """KL divergence of the softmax over a patch's relations, teacher's from student's, mean over patches, (). In its
+    own width each, so no head is needed."""
+    with torch.autocast(tokens.device.type, enabled=False):     # cosines of 8 bits, by 0.07, would be far too coarse
+        ours, theirs = relation_logits(tokens).log_softmax(-1), relation_logits(targets).log_softmax(-1)    # (B, N, N)
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
+
+
+class TokenStudent(nn.Module):
+    """A whole ViT that learns a teacher's final tokens: of cls, and of the patches ("features"), or how alike these are
+    ("relations"), or "both". The heads are thrown away in the end; the ViT's own final norm is trained."""
+
+    def __init__(self, vit, teacher, patch_loss="features"):
+        super().__init__()
+        self.model, self.teacher, self.relations = vit, teacher, patch_loss != "features"
+
+        def head():
+            head = nn.Sequential(nn.LayerNorm(vit.width, eps=1e-6), nn.Linear(vit.width, teacher.vit.width))
+            return head.apply(ViT.init_weights)
+
+        self.cls_head = head() if teacher.vit.has_cls else None         # some teachers have no cls token
+        self.patch_head = head() if patch_loss != "relations" else None
+
+    def forward(self, img, keep=None):
+        """Images (B, C, h, w) -> loss (). keep: not used, both see all patches."""
+        cls, patches = self.teacher(img)                                                        # (B, D'), (B, N, D')
+        tokens = self.model.encode(img)                                                         # (B, 1 + N, D)
+        pairs, losses = {}, {}
+        if self.cls_head is not None:
+            pairs["cls"] = self.cls_head(tokens[:, 0]), cls                                     # (B, D') each
+        if self.patch_head is not None:
+            pairs["patch"] = self.patch_head(tokens[:, 1:]), patches                            # (B, N, D') each
+        for name, (ours, theirs) in pairs.items():
+            losses[name] = F.mse_loss(ours.float(), theirs)
+        if self.relations:
+            losses["relation"] = relation_error(tokens[:, 1:], patches)
+        # For the log:
+        self.parts = {name: loss.detach() for name, loss in losses.items()}
+        self.pairs = {name: (ours.detach().float(), theirs) for name, (ours, theirs) in pairs.items()}
+        self.patches = tokens[:, 1:].detach(), patches
+        return sum(losses.values())                                                             # ()
+
+    @torch.no_grad()
+    def metrics(self):
+        """For the log, per term: chance, the error of the best constant; cos, the mean cosine of prediction and target;
+        cos_chance, that of the mean target. spread: of the student's mean patches, 0 when all images have the same."""
+        chances, cosines, usual = {}, {}, {}
+        for name, (ours, theirs) in self.pairs.items():
+            ours, theirs = ours.flatten(0, -2), theirs.flatten(0, -2)                           # (B or B * N, D')
+            chances[f"{name}_chance"] = theirs.var(0, unbiased=False).mean()
+            cosines[f"{name}_cos"] = F.cosine_similarity(ours, theirs, -1).mean()
+            usual[f"{name}_cos_chance"] = F.cosine_similarity(theirs.mean(0, True), theirs, -1).mean()
+        ours, theirs = self.patches                                                             # (B, N, D), (B, N, D')
+        if self.relations:                                      # the best constant is the mean over the images
+            theirs = relation_logits(theirs).softmax(-1)                                        # (B, N, N)
+            entropies = torch.special.entr(theirs.mean(0)) - torch.special.entr(theirs).mean(0)
+            chances["relation_chance"] = entropies.sum(-1).mean()
+        features = F.normalize(ours.mean(1).float(), dim=-1)                                    # (B, D)
+        spread = features.std(0).mean() * features.shape[-1] ** 0.5
+        return dict(chance=sum(chances.values()), **cosines, spread=spread, **chances, **usual)
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # The run: the teacher alone
 
 
 @dataclass
 class Config(TrainingOptions, ProbeOptions):
-    teacher: str | None = opt(None, "file of the teacher, a ViT in any layout")
+    teacher: str | None = opt(None, "file of the teacher, a ViT in any layout; or timm:NAME, a ViT of timm's")
+    teacher_file: str | None = opt(None, "official weights of timm:NAME (default: in timm's cache)", needs="teacher")
     teacher_heads: int | None = opt(None, "attention heads of the teacher, where its file does not say", least=1)
-    distill: str = opt("attention", "what is learnt; attention is compared in one additional block, as in D2-MAE",
-                       choices=("attention", "hidden"))
+    distill: str | None = opt(None, "what is learnt; attention is compared in one more block, as in D2-MAE; tokens are "
+                              "the final ones (default for timm:NAME and --demo, else attention)",
+                              choices=("attention", "hidden", "tokens"))
     distill_layers: tuple[str, ...] | None = opt(None, "STUDENT:TEACHER layers, as 12:24 (default: the last of both)")
-    mask_ratio: float = opt(0.75, "share of patches that neither of the two sees; 0: both see all", least=0, most=1)
+    patch_loss: str | None = opt(None, "tokens: of patches, learn their features, or how alike they are, or both "
+                                 "[features]", choices=("features", "relations", "both"))
+    mask_ratio: float | None = opt(None, "share of patches that neither of the two sees; 0: none", least=0, most=1)
     repeat: int = opt(1, "crops of each decoded image in a batch, which then has batch / repeat images", least=1)
 
 
 RECIPES = dict.fromkeys(MODELS, dict(batch_size=4096, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05,
-                                     min_crop=0.08, interpolation="random"))
+                                     min_crop=0.08, interpolation="random", mask_ratio=0.75))
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_ratio=0.6, min_crop=0.6, batch_size=128,
             interpolation="bicubic", epochs=6, warmup_epochs=0.6, blr=4e-3, workers=1, log_every=78, save_every=390)
+# Final tokens: batch, epochs, weight decay of Proteus, and its rate of 5e-4 per 512 images; clipping and crops of
+# lightly-train. Both see the whole image.
+TOKENS = dict.fromkeys(MODELS, dict(batch_size=512, epochs=300, warmup_epochs=5, blr=2.5e-4, weight_decay=0.05,
+                                    clip_grad=1.0, min_crop=0.14, interpolation="bicubic", mask_ratio=0.0,
+                                    patch_loss="features"))
+TOKENS_DEMO = dict(DEMO, epochs=2, warmup_epochs=0.2, log_every=39, mask_ratio=0.0)
+DEMO_TEACHER = "vit_tiny_patch16_dinov3_qkvb"                   # small, with registers, rotary positions, layer scale
+
+
+def read_config(argv):
+    """The config: final tokens have a recipe of their own, and are what is learnt from timm:NAME and in a demo."""
+    cfg = parse(Config, "distill", __doc__, RECIPES, DEMO, argv)
+    from_timm = bool(cfg.teacher) and cfg.teacher.startswith("timm:")
+    kind = cfg.distill or ("tokens" if from_timm or cfg.demo and not cfg.teacher else "attention")
+    if from_timm and kind != "tokens":
+        fail(f"--distill {kind} needs the file of a ViT as --teacher; of {cfg.teacher} the final tokens can be learnt: "
+             "give --distill tokens")
+    if cfg.teacher_file and not from_timm:
+        fail("--teacher-file has no effect without --teacher timm:NAME: give that, or the file as --teacher")
+    if cfg.patch_loss and kind != "tokens":
+        fail("--patch-loss has no effect without --distill tokens: give that as well")
+    if kind == "tokens":
+        cfg = parse(Config, "distill", __doc__, TOKENS, TOKENS_DEMO, argv)
+        if cfg.mask_ratio or cfg.distill_layers:
+            fail("--mask-ratio and --distill-layers have no effect with --distill tokens, which compares all final "
+                 "tokens: leave them out")
+        if cfg.demo and not cfg.teacher:
+            cfg = with_demo_teacher(cfg)
+    cfg.teacher or fail("--teacher is required: the file of a ViT in any layout, or timm:NAME (--demo makes one)")
+    return replace(cfg, distill=kind)
+
+
+def with_demo_teacher(cfg):
+    """The config of a demo, with a network of timm's as the teacher, whose random weights are saved beside the run."""
+    file = os.path.join(os.path.dirname(cfg.out), "demo-teacher.pth")
+    with value_errors_exit():
+        save_random_timm_vit(DEMO_TEACHER, file)
+    return replace(cfg, teacher=f"timm:{DEMO_TEACHER}", teacher_file=file)
+
+
+def from_blocks(cfg, vit, run):
+    """A student of a teacher's attention or hidden states."""
+    decoupled = cfg.distill == "attention"                      # compared in one block more, so that all others learn
+    if decoupled:
+        vit.norm.requires_grad_(False).reset_parameters()       # no loss reads it, and that of --init read other blocks
+    last = vit.depth + decoupled
+    teacher = Teacher(cfg.teacher, cfg.teacher_heads, cfg.distill, cfg.distill_layers, vit.config, last, run)
+    model = DistillStudent(vit, teacher, decoupled)
+    if max(model.distill_loss.attention + model.distill_loss.hidden) < last:
+        fail(f"--distill-layers must name the student's last layer, {last}: nothing would train the blocks above")
+    return model, teacher
+
+
+def from_tokens(cfg, vit, run):
+    """A student of a teacher's final tokens."""
+    teacher = TokenTeacher(cfg.teacher, cfg.teacher_file, cfg.teacher_heads, vit.grid, run)
+    return TokenStudent(vit, teacher, cfg.patch_loss), teacher
 
 
 def main(argv=None):
-    cfg = parse(Config, "distill", __doc__, RECIPES, DEMO, argv)
-    cfg.teacher or fail("--teacher FILE is required: a ViT in any layout (make demo-distill makes one)")
+    cfg = read_config(argv)
     run = Run(cfg, "distill")
     train, val = run.datasets()
     with value_errors_exit():
         vit = ViT(**vit_config(cfg))
     if run.init:
         weights.load_into(vit, weights.read(run.init), print_rank0)
-    decoupled = cfg.distill == "attention"                      # compared in one block more, so that all others learn
-    if decoupled:
-        vit.norm.requires_grad_(False).reset_parameters()       # no loss reads it, and that of --init read other blocks
-    last = vit.depth + decoupled
-    teacher = Teacher(cfg.teacher, cfg.teacher_heads, cfg.distill, cfg.distill_layers, vit.config, last, run)
-    model = DistillStudent(vit, teacher, decoupled).to(run.device)      # with the adapters, and the block above
-    if max(model.distill_loss.attention + model.distill_loss.hidden) < last:
-        fail(f"--distill-layers must name the student's last layer, {last}: nothing would train the blocks above")
+    model, teacher = (from_tokens if cfg.distill == "tokens" else from_blocks)(cfg, vit, run)
+    model = model.to(run.device)                                # with heads or adapters, and the block above
     patches = vit.grid[0] * vit.grid[1]                         # N
     visible = int(patches * (1 - cfg.mask_ratio)) or fail(f"--mask-ratio {cfg.mask_ratio:g} leaves no patch to see")
     optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
-    # Adapters and the block above are left behind: encoder.pt gets the ViT, and probes look at its mean patch token.
-    net = run.start(model, optimizer, encoder=dict(model=vit.state_dict(), config=vit.config),
+    # Only the ViT goes into encoder.pt, and probes look at its mean patch token.
+    net = run.start(model, optimizer, dict(model=vit.state_dict(), config=dict(vit.config, teacher=teacher.facts)),
                     features=lambda img: vit.encode(img)[:, 1:].mean(1), teacher=teacher)
 
     for step, passes in run.steps(run.random_crops()):
@@ -250,8 +462,8 @@ def main(argv=None):
             order = torch.rand(len(img), patches, device=run.device).argsort(1)                 # (B, N)
             keep = order[:, :visible] if visible < patches else None    # student and teacher see the same patches
             with run.autocast():
-                loss = net(img, keep)
-            run.backward(loss)
+                loss = net(img, keep)                                                           # ()
+            run.backward(loss, **model.parts)
         run.update(metrics=model.metrics)
     run.finish()
 

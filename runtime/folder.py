@@ -22,8 +22,8 @@ from weights import damage_in, digest, file_and_key
 
 # The numbers of a run do not depend on these options (on accum only through what is drawn; a teacher's file is compared
 # by itself), so it may be resumed with other values.
-RESUME_MAY_CHANGE = {"out", "compile", "distill_teacher", "teacher", "resume", "device", "workers", "download",
-                     "log_every", "save_every", "keep_every", "eval_every", "picture_every", "probe_every",
+RESUME_MAY_CHANGE = {"out", "compile", "distill_teacher", "teacher", "teacher_file", "resume", "device", "workers",
+                     "download", "log_every", "save_every", "keep_every", "eval_every", "picture_every", "probe_every",
                      "probe_data", "tensorboard", "wandb", "max_unreadable", "max_skipped", "accum"}
 
 

@@ -4,6 +4,7 @@ Speed as ratios: a row times ours and the textbook's in the same process, in tur
 python -m tools.bench --data SET     every row but index; writes results/bench-DATE-MACHINE.json
 python -m tools.bench ROW ...        these rows alone:
     step distill moco esvit          an optimizer step on fixed images: MAE, D-MAE, MoCo v3, EsViT with Swin-T
+    tokens                           a step with a teacher of timm's, against its forward and the student's step alone
     esvit-loss                       EsViT's losses alone, at several numbers of prototypes
     views                            MoCo v3's two views of a batch of crops, against Pillow and torchvision
     knn sweep cka                    k-NN for four k at once; 20 linear heads at once; CKA of all layers of two ViTs
@@ -37,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from distill import DistilledMAE, Teacher
+from distill import DistilledMAE, Teacher, TokenStudent, TokenTeacher
 from esvit import EsViT, Network, Outputs
 from images.augment import IMAGENET_MEAN, IMAGENET_STD, normalize, random_flip
 from images.datasets import describe, open_dataset
@@ -46,6 +47,7 @@ from images.randaugment import AugmentedCrops
 from mae import MAE, RECIPES
 from moco_v3 import MoCo, two_views
 from nets.heads import accuracies, knn_counts, sweep
+from nets.timm_vit import save_random_timm_vit
 from runtime.options import fail
 from runtime.run import DTYPES, decay_groups, finite_step, launch, setup
 from tools import pack
@@ -362,6 +364,24 @@ def step_rows(cfg, name):
         yield compare(cfg, replace(case, batch=batch, prototypes=K), dict(textbook=theirs, ours=ours), gflops)
 
 
+def tokens_rows(cfg, name="vit_small_patch14_reg4_dinov2"):
+    """A step that learns the final tokens of a ViT-S/14, and its two parts: the teacher's forward on images of 196
+    pixels, and the student's step without a teacher."""
+    file = os.path.join(cfg.folder, "teacher.pth")
+    save_random_timm_vit(name, file)
+    for batch in cfg.batch or ((256,) if cfg.gpu else (16, 64)):
+        case = Case("tokens", cfg.model, batch, dtype="bf16" if cfg.gpu else "fp32", compiled=cfg.gpu)
+        run = SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD, device=cfg.device, cfg=case)
+        vit, student = (ViT(**MODELS[cfg.model]).to(cfg.device) for _ in range(2))
+        teacher = TokenTeacher(f"timm:{name}", file, None, vit.grid, run)
+        model, img = TokenStudent(vit, teacher).to(cfg.device), torch.randn(batch, 3, 224, 224, device=cfg.device)
+        alone = Step(case, student, lambda img, vit=student: vit.encode(img).square().mean(), (img,), cfg.device)
+        calls = dict(teacher=partial(teacher, img), student=alone, ours=Step(case, model, model, (img,), cfg.device))
+        spent, _ = in_turns(calls, cfg.pairs, cfg.device)
+        spent["parts"] = [a + b for a, b in zip(spent["teacher"], spent["student"])]
+        yield make_row(spent, batch, textbook="parts", batch=batch)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Rows of input and of frozen features
 
@@ -478,8 +498,8 @@ def sweep_rows(cfg, count=10_000, dim=192, classes=10, epochs=20):
 
 # ----------------------------------------------------------------------------------------------------------------
 
-ROWS = {**{name: partial(step_rows, name=name) for name in PLANS}, "views": views_rows, "knn": knn_rows,
-        "sweep": sweep_rows, "index": index_rows, "input": input_rows, "both": both_rows,
+ROWS = {**{name: partial(step_rows, name=name) for name in PLANS}, "tokens": tokens_rows, "views": views_rows,
+        "knn": knn_rows, "sweep": sweep_rows, "index": index_rows, "input": input_rows, "both": both_rows,
         "augment": partial(input_rows, kinds=("augmented", "timm"), workers=[0], crossed=False)}
 OF_IMAGES = ("input", "both", "augment")                        # these need --data
 

@@ -100,6 +100,7 @@ OPTIONS = dict(num_attention_heads="heads", num_heads="heads", layer_norm_eps="e
                mask_ratio="mask_ratio")
 TIMM_HEADS = dict(tiny=3, small=6, base=12, large=16, huge=16)
 FILES = "model.safetensors", "pytorch_model.bin"
+AS_TEACHER = " (a student can learn from it: distill.py --teacher timm:NAME --teacher-file FILE, by its name in timm)"
 
 
 def translate(state):

@@ -189,7 +189,7 @@ def read(path, key=None):
                  for k, v in state.items() if k.startswith((prefix, f"{outer}head.", f"{outer}head_dense."))}
         foreign = layouts.foreign_parts([name for name in state if naming.ENCODER.match(name)])
         if foreign:
-            refuse(path, f"has {foreign}, which the network here has no place for")
+            refuse(path, f"has {foreign}, which the network here has no place for{layouts.AS_TEACHER}")
         layout = (f"under {places[0]!r}" if places else "a bare state dict") + (prefix and f", behind {prefix!r}")
         weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
         for part in () if is_swin(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
@@ -207,8 +207,9 @@ def prefix_of(path, state, key, keys):
     """What stands before a network's names: "module.backbone.", say. key: a part of it; keys: what the file has."""
     found = [k.removesuffix("patch_embed.proj.weight") for k in state if f".{k}".endswith(".patch_embed.proj.weight")]
     if not found:
-        foreign = layouts.foreign_parts(state) or "no patch_embed.proj.weight"
-        refuse(path, f"is no network known here: it has {foreign}, and holds {', '.join(list(state)[:3])}, ...")
+        foreign = layouts.foreign_parts(state)
+        refuse(path, f"is no network known here: it has {foreign or 'no patch_embed.proj.weight'}, and holds "
+                     f"{', '.join(list(state)[:3])}, ...{layouts.AS_TEACHER if foreign else ''}")
     fitting = [prefix for prefix in found if not key or f".{key}." in f".{prefix}"]
     if not fitting:
         refuse(path, f"has nothing called {key!r}: its keys are {keys}")
