@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from golden import FOLDER, Golden, close, close_grads
+from textbook import TextbookBootMAE
 
 from more.bootmae import BootMAE, lr_at, momentum_at, parameter_groups, ramp_at
 from nets.blocks import block_mask, order_of, random_orders
+from nets.naming import build
 from runtime.run import finite_step
 from vit import gather_tokens, patchify
 
@@ -214,3 +217,187 @@ def test_block_masks(name):
         assert (np.abs(np.mean(masks, 0) - share) < 5 * error).all()
         mean, error = edges(masks)
         assert abs(mean - g(f"out/mean_boundary_edges_{i}").item()) < 5 * error
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+def test_same_as_textbook():
+    """Twenty steps beside the textbook form, which computes everything for all patches and averages the whole network:
+    losses, weights, and the averaged encoder."""
+    torch.manual_seed(0)
+    ours = small()
+    state = {k: v for k, v in ours.state_dict().items() if not k.startswith("momentum_encoder.")}
+    plain = TextbookBootMAE(32, 8, 24, 3, 3, 20, 2, ours.visible, 2.0)
+    plain.load_state_dict(state)
+    plain.start_average()
+    ours.update_ema(0.0)
+    optimizers = [torch.optim.AdamW(parameter_groups(m, 0.05), 1e-3, betas=(0.9, 0.95)) for m in (ours, plain)]
+    for step in range(20):
+        img, order, weight = torch.randn(4, 3, 32, 32), ours.random_order(4, "cpu"), step / 20
+        pixels, features = ours(img, order)
+        losses = pixels + weight * features, plain(img, order, weight)
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+        for loss, optimizer in zip(losses, optimizers):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ours.update_ema(0.9)
+        plain.update_average(0.9)
+    torch.testing.assert_close(ours.lm_head_1.weight, plain.lm_head_1.weight, rtol=0, atol=2e-4)
+    averaged = plain.average[0].state_dict()
+    for name, value in ours.momentum_encoder.state_dict().items():
+        torch.testing.assert_close(value, averaged[name], rtol=0, atol=2e-4)
+
+
+def test_hidden_pixels_reach_the_targets_alone():
+    torch.manual_seed(0)
+    model, img = small(), torch.randn(2, 3, 32, 32)
+    order = model.random_order(2, "cpu")
+    first = 1 + model.visible
+    hidden = torch.zeros(2, 16, 1).scatter(1, order[:, model.visible:, None], 1.0)
+    noise = rearrange(hidden * torch.randn(2, 16, 192), "b (h w) (c p q) -> b c (h p) (w q)", h=4, p=8, q=8)
+    for a, b in zip(model.predict(img, order, first), model.predict(img + noise, order, first)):
+        assert torch.equal(a, b)
+    assert not torch.equal(model.pixel_target(img, order), model.pixel_target(img + noise, order))
+    assert not torch.equal(model.feature_target(img, order, first), model.feature_target(img + noise, order, first))
+    seen = rearrange((1 - hidden) * torch.randn(2, 16, 192), "b (h w) (c p q) -> b c (h p) (w q)", h=4, p=8, q=8)
+    assert torch.equal(model.pixel_target(img, order), model.pixel_target(img + seen, order))
+    assert not torch.equal(model.feature_target(img, order, first), model.feature_target(img + seen, order, first))
+
+
+def test_each_decoder_looks_where_it_should():
+    """Features are read after the last block alone; what the first block gave the pixels' decoder is not used there."""
+    torch.manual_seed(0)
+    model, img = small(), torch.randn(2, 3, 32, 32)
+    order, first = model.random_order(2, "cpu"), 1 + model.visible
+    pixels, features = model.predict(img, order, first)
+    for block in model.decode_blocks:                           # norm4 norms what is looked at
+        block.norm4.weight.data += 1
+    changed = model.predict(img, order, first)
+    assert not torch.equal(changed[0], pixels) and torch.equal(changed[1], features)
+    model.taps = model.depth, model.depth
+    assert not torch.equal(model.predict(img, order, first)[0], changed[0])
+
+
+def test_weights_of_patches():
+    """Three hidden patches in a corner of 4 x 4, one alone: shares of the nine around, those beyond the edge visible."""
+    model = small(mask_ratio=0.75)
+    model.visible = 12
+    hidden = [0, 1, 4, 15]
+    order = torch.tensor([[n for n in range(16) if n not in hidden] + hidden])
+    expected = 1 + torch.tensor([[3, 3, 3, 1]]) / 9
+    torch.testing.assert_close(model.patch_weights(order), expected)
+    model.weight_mask = False
+    assert torch.equal(model.patch_weights(order), torch.ones(1, 4))
+
+
+def test_every_parameter_learns_but_the_average():
+    torch.manual_seed(0)
+    model = small()
+    sum(model(torch.randn(4, 3, 32, 32), model.random_order(4, "cpu"))).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert not [n for n, p in trained.items() if p.grad is None or not p.grad.any()]
+    rest = {n for n, _ in model.named_parameters()} - set(trained)
+    assert rest == {"pos_embed", "de_pos_embed"} | {f"momentum_encoder.{n}" for n in model.momentum_encoder.state_dict()}
+
+
+def test_start():
+    """A copy as the average; Xavier for q, k and v each, for keys and values of the cross-attention as one stack."""
+    torch.manual_seed(0)
+    model = BootMAE(128, 1, img_size=64, patch_size=8, dim=192, depth=1, heads=12)
+    for name, value in model.momentum_encoder.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    block, patch = model.decode_blocks[0], model.patch_embed.proj
+    for weight, fans in ((model.blocks[0].attn.qkv.weight, 384), (block.attn.qkv.weight, 128 + 120), (patch.weight, 384),
+                         (block.c_attn.kv.weight, 192 + 240), (model.down.weight, 320)):
+        bound = (6 / fans) ** 0.5
+        assert 0.98 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.05)
+    assert not patch.bias.any() and not block.mlp.fc1.bias.any() and model.cls_token.abs().max() < 1e-5
+    assert 0.018 < model.mask_token_1.abs().max() <= 0.02 and model.lm_head["proj"].bias.any()
+    assert block.attn.inner == 120                              # 12 heads of 10; 128 is no multiple of 12
+
+
+@pytest.mark.parametrize("grid, ratio, count", [((14, 14), 120 / 147, 120), ((6, 6), 0.8, 18), ((4, 10), 0, 0)])
+def test_random_orders(grid, ratio, count):
+    """Permutations, in which all but a few of the patches in blocks are hidden; equal after the same seed."""
+    patches = grid[0] * grid[1]
+    torch.manual_seed(3)
+    orders = random_orders(300, grid, count, "cpu")
+    assert torch.equal(orders.sort(1)[0], torch.arange(patches).expand(300, -1))
+    torch.manual_seed(3)
+    assert torch.equal(orders, random_orders(300, grid, count, "cpu"))
+    seen = orders[:, :patches // 4]
+    share = torch.bincount(seen.flatten(), minlength=patches).view(grid) / 300
+    assert share.min() > 0
+    if count:                                                   # blocks reach the edges more rarely: these are seen more
+        assert share[0, 0] > 1.3 * share[grid[0] // 2, grid[1] // 2]
+    shifts = set()
+    for seed in range(40):                                      # one shift for a batch: 0 to 3 patches of blocks are seen
+        torch.manual_seed(seed)
+        rng = random.Random(torch.randint(2 ** 62, ()).item())
+        least, most = (max(1, round(patches * size / 196)) for size in (16, 60))
+        masks = [block_mask(*grid, count, least, most, rng).flatten() for _ in range(2)]
+        torch.manual_seed(seed)
+        order = random_orders(2, grid, count, "cpu")[:, :patches - count]
+        shifts |= {int(mask[row].sum()) for mask, row in zip(masks, order.numpy())}
+    assert shifts == ({0, 1, 2, 3} if count else {0})
+
+
+@pytest.mark.parametrize("size, chans", [((96, 160), 1), ((64, 64), 6)])
+def test_any_shape(size, chans):
+    torch.manual_seed(0)
+    model = small(img_size=size, in_chans=chans, patch_size=16)
+    img = torch.randn(2, chans, *size)
+    order = model.random_order(2, "cpu")
+    pixels, features = model.predict(img, order, first=1)
+    assert pixels.shape == (2, size[0] * size[1] // 256, 256 * chans) and features.shape[2] == 24
+    sum(model(img, order)).backward()
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(mask_ratio=1.0), "--mask-ratio 1.0 leaves 0 of 16"), (dict(mask_ratio=0.0), "leaves 16 of 16"),
+    (dict(taps=(1, 4)), "--taps wants two of the 3 blocks, not 1 4"), (dict(taps=(1,)), "not 1$"),
+    (dict(img_size=(8, 160)), "blocks of 2 patches do not fit into a grid of 1x20"),
+    (dict(img_size=(16, 784)), "blocks of 16 patches do not fit into a grid of 2x98"),
+    (dict(decoder_dim=10), "multiple of 4"), (dict(heads=5), "5 heads do not divide"),
+    (dict(decoder_dim=8, dim=36, heads=9), "9 heads are more than the 8 channels")])
+def test_what_cannot_be(options, words):
+    with pytest.raises(ValueError, match=words):
+        small(**options)
+
+
+def test_chance_and_spread():
+    """The loss by chance is that of zero pixels, and of the mean feature; spread tells a collapse."""
+    torch.manual_seed(0)
+    model, img = small(), torch.randn(8, 3, 32, 32)
+    order = model.random_order(8, "cpu")
+    found = model.metrics(img, order, 0.7)
+    target = model.feature_target(img, order, 1 + model.visible)
+    mean = target.mean((0, 1))
+    constant = (mean - mean.mean()) / (mean.var(correction=0) + 1e-6).sqrt()
+    weight = model.patch_weights(order)
+    by_hand = (weight * model.pixel_target(img, order).square().mean(-1)).mean()
+    by_hand = by_hand + 0.7 * (weight * (target - constant).square().mean(-1)).mean()
+    torch.testing.assert_close(found["chance"], by_hand)
+    assert 0.3 < found["spread"] < 1.1
+    with torch.no_grad():                                       # an average for which all patches are alike
+        for p in model.momentum_encoder.parameters():
+            p.zero_()
+        model.momentum_encoder.blocks[-1].mlp.fc2.bias.copy_(torch.randn(24))
+    found = model.metrics(img, order, 1.0)
+    assert found["spread"] < 1e-6 and found["chance"] < 2
+
+
+def test_encoder_file_and_features():
+    torch.manual_seed(0)
+    model, img = small(), torch.randn(2, 3, 32, 32)
+    found = model.encoder_checkpoint()
+    vit = build(found["config"])
+    vit.load_state_dict(found["model"])
+    torch.testing.assert_close(model.features(img), vit.encode(img)[:, 1:].mean(1))
+    assert not torch.equal(model.features(img), model.momentum_encoder.encode(img)[:, 1:].mean(1))
+    model.cls_token.data.add_(1)                                # the tensors are the network's own: always up to date
+    assert torch.equal(found["model"]["cls_token"], model.cls_token)
