@@ -1,5 +1,6 @@
 """BootMAE: recorded runs of the official code, invariants, the textbook form, and real runs."""
 import json
+import os
 import random
 
 import numpy as np
@@ -8,13 +9,20 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from golden import FOLDER, Golden, close, close_grads
+from PIL import Image
+from test_runs import TINY, finish, rows, same_state, start_and_kill, steps
 from textbook import TextbookBootMAE
 
+import finetune
+import probe
+from more import bootmae
 from more.bootmae import BootMAE, lr_at, momentum_at, parameter_groups, ramp_at
 from nets.blocks import block_mask, order_of, random_orders
 from nets.naming import build
 from runtime.run import finite_step
-from vit import gather_tokens, patchify
+from vit import MODELS, ViT, gather_tokens, patchify
+from weights import load_classifier, load_encoder, read
+from weights.export import export
 
 # Recordings of masked image modelling are in a folder of their own, unless $GOLDEN names one that has them.
 MIM = next((folder for folder in (FOLDER, FOLDER.parent / "golden_mim") if list(folder.glob("bootmae_*.npz"))), FOLDER)
@@ -282,7 +290,7 @@ def test_each_decoder_looks_where_it_should():
 
 
 def test_weights_of_patches():
-    """Three hidden patches in a corner of 4 x 4, one alone: shares of the nine around, those beyond the edge visible."""
+    """Three hidden patches in a corner of 4 x 4, one alone: the share of the nine around; beyond the edge none is."""
     model = small(mask_ratio=0.75)
     model.visible = 12
     hidden = [0, 1, 4, 15]
@@ -300,7 +308,8 @@ def test_every_parameter_learns_but_the_average():
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert not [n for n, p in trained.items() if p.grad is None or not p.grad.any()]
     rest = {n for n, _ in model.named_parameters()} - set(trained)
-    assert rest == {"pos_embed", "de_pos_embed"} | {f"momentum_encoder.{n}" for n in model.momentum_encoder.state_dict()}
+    average = {f"momentum_encoder.{n}" for n in model.momentum_encoder.state_dict()}
+    assert rest == {"pos_embed", "de_pos_embed"} | average
 
 
 def test_start():
@@ -310,8 +319,8 @@ def test_start():
     for name, value in model.momentum_encoder.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     block, patch = model.decode_blocks[0], model.patch_embed.proj
-    for weight, fans in ((model.blocks[0].attn.qkv.weight, 384), (block.attn.qkv.weight, 128 + 120), (patch.weight, 384),
-                         (block.c_attn.kv.weight, 192 + 240), (model.down.weight, 320)):
+    for weight, fans in ((model.blocks[0].attn.qkv.weight, 2 * 192), (block.attn.qkv.weight, 128 + 120),
+                         (patch.weight, 2 * 192), (block.c_attn.kv.weight, 192 + 240), (model.down.weight, 128 + 192)):
         bound = (6 / fans) ** 0.5
         assert 0.98 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.05)
@@ -332,10 +341,10 @@ def test_random_orders(grid, ratio, count):
     seen = orders[:, :patches // 4]
     share = torch.bincount(seen.flatten(), minlength=patches).view(grid) / 300
     assert share.min() > 0
-    if count:                                                   # blocks reach the edges more rarely: these are seen more
+    if count:                                                   # blocks reach a corner more rarely than the middle
         assert share[0, 0] > 1.3 * share[grid[0] // 2, grid[1] // 2]
     shifts = set()
-    for seed in range(40):                                      # one shift for a batch: 0 to 3 patches of blocks are seen
+    for seed in range(40):                                      # one shift for a batch: it shows 0 to 3 of the blocks'
         torch.manual_seed(seed)
         rng = random.Random(torch.randint(2 ** 62, ()).item())
         least, most = (max(1, round(patches * size / 196)) for size in (16, 60))
@@ -401,3 +410,126 @@ def test_encoder_file_and_features():
     assert not torch.equal(model.features(img), model.momentum_encoder.encode(img)[:, 1:].mean(1))
     model.cls_token.data.add_(1)                                # the tensors are the network's own: always up to date
     assert torch.equal(found["model"]["cls_token"], model.cls_token)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Real runs
+
+TINY = [*TINY, "--decoder-dim", "16", "--decoder-depth", "1"]
+
+
+def train(out, *args):
+    bootmae.main(list(map(str, [*TINY, "--out", out, *args])))
+    return rows(out)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_bitwise_the_same(classes, tmp_path, world):
+    """The average among the rest, over an epoch's end, where momentum and the weight of features change."""
+    args = ["--data", classes, *TINY, "--epochs", 4, "--accum", 3 - world]                      # 20 steps
+
+    def run(*more):
+        command = [*args, *more]
+        if world == 1:
+            return bootmae.main(list(map(str, command)))
+        return finish(*command, world=world, script="more/bootmae.py")
+
+    run("--out", tmp_path / "whole")
+    out = tmp_path / "broken"
+    start_and_kill(*args, out=out, step=6, world=world, script="more/bootmae.py")
+    run("--out", out, "--workers", 1)
+    got = steps(out)
+    assert any(b <= a for a, b in zip(got, got[1:])), "no step was repeated: nothing was resumed"
+    whole, broken = ({r["step"]: r["loss"] for r in rows(f) if "loss" in r} for f in (tmp_path / "whole", out))
+    assert whole == broken and len(whole) == 20
+    same_state(tmp_path / "whole", out)
+    state = torch.load(out / "last.pt")["model"]
+    assert not torch.equal(state["momentum_encoder.norm.weight"], state["norm.weight"])
+
+
+def test_outputs(classes, tmp_path):
+    """What a run leaves, and the average after it by its formula, step by step, from kept checkpoints."""
+    found = train(tmp_path, "--data", classes, "--epochs", 2, "--probe-every", 1, "--keep-every", 1, "--batch-size", 40,
+                  "--momentum", 0.5)
+    assert {"last.pt", "encoder.pt", "recon.png", "log.jsonl"} <= set(os.listdir(tmp_path))
+    last = [row for row in found if "loss" in row][-1]
+    assert last["loss"] == pytest.approx(last["pixels"] + last["features"], rel=1e-5)           # the weight is 1 by now
+    assert {"chance", "spread", "momentum", "lr", "grad_norm"} <= set(last)
+    assert [row["step"] for row in found if "knn" in row] == [0, 1, 2]
+    one, two = (torch.load(tmp_path / f"epoch000{n}.pt")["model"] for n in (1, 2))
+    momentum = 0.5 + 0.4999 / 100                               # of epoch 1, counted from 0
+    for name in ("norm.bias", "blocks.3.mlp.fc1.weight"):
+        average = momentum * one[f"momentum_encoder.{name}"] + (1 - momentum) * two[name]
+        torch.testing.assert_close(two[f"momentum_encoder.{name}"], average, rtol=0, atol=1e-6)
+        assert not torch.equal(one[name], two[name])
+    assert Image.open(tmp_path / "recon.png").width == 3 * (16 * 7 + 8)
+    encoder = load_encoder(str(tmp_path / "encoder.pt"), say=str)
+    assert encoder.config["heads"] == 4 and encoder.config["key_bias"] is False
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, two[name])
+
+
+def test_what_others_make_of_the_encoder(classes, tmp_path):
+    """--init, fine-tuning, a probe, an export; last.pt and its average by name; an official file."""
+    train(tmp_path / "a", "--data", classes, "--epochs", 1)
+    train(tmp_path / "b", "--data", classes, "--epochs", 1, "--init", tmp_path / "a" / "encoder.pt", "--lr", 0)
+    a, b = (torch.load(tmp_path / name / "last.pt")["model"] for name in "ab")
+    for name in load_encoder(str(tmp_path / "a" / "encoder.pt"), say=str).state_dict():
+        assert torch.equal(a[name], b[name]) and torch.equal(a[name], b[f"momentum_encoder.{name}"])
+
+    path = str(tmp_path / "a" / "encoder.pt")
+    finetune.main(["--init", path, "--data", str(classes), "--epochs", "1", "--batch-size", "8", "--workers", "0",
+                   "--out", str(tmp_path / "f")])
+    tuned = load_classifier(read(str(tmp_path / "f" / "best.pt")))[0]
+    assert tuned.config["num_classes"] == 2 and "blocks.0.attn.q_bias" in tuned.state_dict()
+    probe.main([path, "--data", str(classes), "--workers", "0", "--out", str(tmp_path / "p")])
+    row = [row for row in rows(tmp_path / "p") if "test_acc1" in row][-1]
+    assert 0 <= row["test_acc1"] <= 100
+
+    average = load_encoder(str(tmp_path / "a" / "last.pt") + ":momentum_encoder", say=str)
+    assert torch.equal(average.norm.bias, a["momentum_encoder.norm.bias"])
+    official = {k: v for k, v in a.items() if not k.startswith("momentum_encoder.")}
+    torch.save(dict(model=official), tmp_path / "official.pth")
+    vit = load_encoder(str(tmp_path / "official.pth"), heads=4, say=str)
+    img = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(vit(img), load_encoder(path, say=str)(img))
+
+
+def test_timm_takes_the_encoder(classes, tmp_path):
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("safetensors")
+    train(tmp_path, "--data", classes, "--epochs", 1)
+    path = str(tmp_path / "encoder.pt")
+    theirs = timm.create_model(f"local-dir:{export(path, 'timm')}", pretrained=True).eval()
+    img = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(theirs(img), load_encoder(path, say=str)(img), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("args", [
+    ["--img-size", "16", "24", "--in-chans", "1"], ["--no-weight-mask", "--in-chans", "4", "--taps", "2", "3"],
+    ["--dtype", "bf16", "--clip-grad", "1", "--accum", "2"], ["--feature-weight", "0", "--block-share", "0"]])
+def test_other_settings(classes, tmp_path, args):
+    found = train(tmp_path, "--data", classes, "--epochs", 1, *args)
+    assert all(isinstance(row["loss"], float) for row in found if "loss" in row)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--model", "swin_lite"], "must be one of vit_mini, .*, not swin_lite"),
+    (["--mask-ratio", "0.99"], "leaves 0 of 16"), (["--block-share", "2"], "--block-share must be at most 1"),
+    (["--taps", "1"], "--taps wants two of the 4 blocks, not 1"), (["--taps", "0", "4"], "--taps must be at least 1"),
+    (["--taps", "1", "5"], "--taps wants two of the 4 blocks, not 1 5"),
+    (["--momentum", "1.5"], "--momentum must be at most 1"), (["--decoder-dim", "6"], "multiple of 4, not 6"),
+    (["--min-lr", "1"], "--min-lr 1 is above the peak learning rate, 4.69e-06: give a lower --min-lr"),
+    (["--img-size", "4", "80"], "do not fit into a grid of 1x20"),
+    (["--decoder-depth", "0"], "--decoder-depth must be at least 1")])
+def test_bad_options(classes, tmp_path, args, words):
+    with pytest.raises(SystemExit, match=words):
+        train(tmp_path, "--data", classes, "--epochs", 2, *args)
+
+
+def test_init_from_another_network_is_refused(classes, tmp_path):
+    """A plain ViT has biases of keys, which BootMAE's encoder has no place for."""
+    torch.save(dict(model=ViT(16, 4, **{k: MODELS["vit_mini"][k] for k in ("dim", "depth", "heads")}).state_dict()),
+               tmp_path / "plain.pt")
+    with pytest.raises(SystemExit, match="attn.qkv.bias, which the network here has no place for"):
+        train(tmp_path / "out", "--data", classes, "--epochs", 1, "--init", tmp_path / "plain.pt")
