@@ -54,7 +54,7 @@ OURS = dict(OFFICIAL, epochs=200, warmup_epochs=20, min_lr=0.0, decoder_dim=64)
 RECIPES = {"vit_mini": OURS, "vit_midi": OURS, "vit_tiny": dict(OFFICIAL, epochs=400, decoder_dim=128),
            "vit_small": dict(OFFICIAL, epochs=400, decoder_dim=256), "vit_base": OFFICIAL}
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_ratio=0.6, min_crop=0.6, batch_size=128,
-            epochs=6, warmup_epochs=0.6, blr=4e-3, decoder_depth=1, momentum=0.99, workers=1, log_every=78,
+            epochs=4, warmup_epochs=0.4, blr=4e-3, decoder_depth=1, momentum=0.99, workers=1, log_every=78,
             save_every=312)
 
 
