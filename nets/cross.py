@@ -40,7 +40,9 @@ class DecoderAttention(nn.Module):
         else:
             q_weight, kv_weight = self.qkv.weight.split([self.inner, 2 * self.inner])
         q = F.linear(x, q_weight, self.q_bias)                                                  # (B, n, inner)
-        k, v = F.linear(source, kv_weight, torch.cat([torch.zeros_like(self.v_bias), self.v_bias])).chunk(2, -1)
+        # A bias of keys would add the same to all logits of a query, and cancel in the softmax.
+        kv_bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
+        k, v = F.linear(source, kv_weight, kv_bias).chunk(2, -1)                                # (B, m, inner) each
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)             # softmax(q k^T / sqrt(inner / H)) v
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -60,6 +62,6 @@ class DecoderBlock(nn.Module):
     def forward(self, x, source, first=0):
         """Tokens x (B, n, E) and the source's (B, m, D) -> (B, n - first, E): those from number `first` on."""
         normed = self.norm1(x)                                                                  # (B, n, E)
-        x = x[:, first:] + self.attn(normed[:, first:], normed)
-        x = x + self.c_attn(self.norm3(x), self.norm4(source))
+        x = x[:, first:] + self.attn(normed[:, first:], normed)         # all are asked, only these ask
+        x = x + self.c_attn(self.norm3(x), self.norm4(source))          # what the encoder knows
         return x + self.mlp(self.norm2(x))

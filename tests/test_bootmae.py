@@ -448,20 +448,22 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, tmp_path, world):
 
 
 def test_outputs(classes, tmp_path):
-    """What a run leaves, and the average after it by its formula, step by step, from kept checkpoints."""
-    found = train(tmp_path, "--data", classes, "--epochs", 2, "--probe-every", 1, "--keep-every", 1, "--batch-size", 40,
-                  "--momentum", 0.5)
+    """What a run leaves; its schedules, row by row; and the average after a step by its formula, from kept files."""
+    found = train(tmp_path, "--data", classes, "--epochs", 8, "--probe-every", 4, "--keep-every", 1, "--batch-size", 40,
+                  "--momentum", 0.5, "--lr", 1e-3, "--min-lr", 1e-4)                            # 8 steps, one an epoch
     assert {"last.pt", "encoder.pt", "recon.png", "log.jsonl"} <= set(os.listdir(tmp_path))
-    last = [row for row in found if "loss" in row][-1]
-    assert last["loss"] == pytest.approx(last["pixels"] + last["features"], rel=1e-5)           # the weight is 1 by now
-    assert {"chance", "spread", "momentum", "lr", "grad_norm"} <= set(last)
-    assert [row["step"] for row in found if "knn" in row] == [0, 1, 2]
-    one, two = (torch.load(tmp_path / f"epoch000{n}.pt")["model"] for n in (1, 2))
-    momentum = 0.5 + 0.4999 / 100                               # of epoch 1, counted from 0
+    losses = [row for row in found if "loss" in row]
+    assert {"chance", "spread", "momentum", "lr", "grad_norm"} <= set(losses[0])
+    for step, row in enumerate(losses):
+        assert row["loss"] == pytest.approx(row["pixels"] + min(1, (step + 1) / 2) * row["features"], rel=1e-5)
+        assert row["momentum"] == pytest.approx(0.5 + 0.4999 * step / 100)
+        assert row["lr"] == pytest.approx(0 if step == 0 else lr_at(step, 8, 1, 1e-3, 1e-4))
+    assert [row["step"] for row in found if "knn" in row] == [0, 4, 8]
+    one, two = (torch.load(tmp_path / f"epoch000{n}.pt")["model"] for n in (7, 8))
     for name in ("norm.bias", "blocks.3.mlp.fc1.weight"):
-        average = momentum * one[f"momentum_encoder.{name}"] + (1 - momentum) * two[name]
-        torch.testing.assert_close(two[f"momentum_encoder.{name}"], average, rtol=0, atol=1e-6)
-        assert not torch.equal(one[name], two[name])
+        average = torch.lerp(one[f"momentum_encoder.{name}"], two[name], 1 - losses[-1]["momentum"])
+        torch.testing.assert_close(two[f"momentum_encoder.{name}"], average, rtol=0, atol=1e-7)
+        assert (one[name] - two[name]).abs().max() > 1e-5
     assert Image.open(tmp_path / "recon.png").width == 3 * (16 * 7 + 8)
     encoder = load_encoder(str(tmp_path / "encoder.pt"), say=str)
     assert encoder.config["heads"] == 4 and encoder.config["key_bias"] is False
