@@ -46,8 +46,8 @@ class Config(TrainingOptions, ProbeOptions):
 
 
 # Base is official; its README names two batches, 2048 and 4096, and 801 epochs for the weights after 800. Of MAE-Lite's
-# Tiny only the 400 epochs are known: the rest is ours, Base's values and two thirds of the width for the decoder, too.
-# So is Small; vit_mini and vit_midi are for 32 to 64 pixels.
+# Tiny only the 400 epochs are known. The rest is ours, as Small is: Base's values, and a decoder that is two thirds as
+# wide as the encoder, as Base's is. So are vit_mini and vit_midi, for 32 to 64 pixels.
 OFFICIAL = dict(batch_size=2048, epochs=801, warmup_epochs=40, blr=1.5e-4, min_lr=1e-4, weight_decay=0.05, min_crop=0.2,
                 interpolation="bicubic", decoder_dim=512)
 OURS = dict(OFFICIAL, epochs=200, warmup_epochs=20, min_lr=0.0, decoder_dim=64)

@@ -63,17 +63,15 @@ def recorded(g):
                     patch_size=c["patch_size"], dim=c["embed_dim"], depth=c["depth"], heads=c["num_heads"],
                     mlp_ratio=c["mlp_ratio"], eps=c["norm_eps"])
     model.visible = model.patches - c["mask_num"]
+    for table in ("pos_embed", "de_pos_embed"):                 # fixed, so ours are these already
+        close(model.state_dict()[table], state[table], 2e-6)
     slow = g.under("state_ema") or state
-    load(model, state, slow)
+    names = model.momentum_encoder.state_dict()
+    model.load_state_dict(state | {f"momentum_encoder.{k}": v for k, v in slow.items() if k in names})
     counted = [p for name, p in model.named_parameters() if not name.startswith("momentum_encoder.")]
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad and "momentum" not in name}
     assert sum(p.numel() for p in counted) == c["n_params"] and frozen == set(c["frozen"])
     return model
-
-
-def load(model, state, slow):
-    names = model.momentum_encoder.state_dict()
-    model.load_state_dict(state | {f"momentum_encoder.{k}": v for k, v in slow.items() if k in names})
 
 
 def recorded_order(g, step):
