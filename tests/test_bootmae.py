@@ -1,7 +1,9 @@
 """BootMAE: recorded runs of the official code, invariants, the textbook form, and real runs."""
 import json
+import math
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -351,6 +353,14 @@ def test_random_orders(grid, ratio, count):
         order = random_orders(2, grid, count, "cpu")[:, :patches - count]
         shifts |= {int(mask[row].sum()) for mask, row in zip(masks, order.numpy())}
     assert shifts == ({0, 1, 2, 3} if count else {0})
+
+
+def test_a_block_never_crosses_the_image():
+    """Drawn are 4 rows x 2 columns, which is the whole height, and then 2 x 4, which is taken."""
+    drawn = iter([8, math.log(2), 8, -math.log(2)])
+    rng = SimpleNamespace(uniform=lambda low, high: next(drawn), randint=lambda low, high: low)
+    mask = block_mask(4, 20, 8, 8, 8, rng)
+    assert mask[:2, :4].all() and mask.sum() == 8
 
 
 @pytest.mark.parametrize("size, chans", [((96, 160), 1), ((64, 64), 6)])
