@@ -6,7 +6,7 @@ One node:   torchrun --standalone --nproc_per_node=8 -m more.bootmae --data imag
 One GPU:    python -m more.bootmae --data imagenet --out out/bootmae --accum 8
 Minutes:    python -m more.bootmae --demo
 Preempted:  type the same command again
-Expected:   not run yet
+Expected:   not run yet at full size; the demo ends with loss 1.5 (chance 2.5), linear 31% (from 27), k-NN 12% (from 14)
 """
 import os
 from dataclasses import dataclass
@@ -54,8 +54,7 @@ OURS = dict(OFFICIAL, epochs=200, warmup_epochs=20, min_lr=0.0, decoder_dim=64)
 RECIPES = {"vit_mini": OURS, "vit_midi": OURS, "vit_tiny": dict(OFFICIAL, epochs=400, decoder_dim=128),
            "vit_small": dict(OFFICIAL, epochs=400, decoder_dim=256), "vit_base": OFFICIAL}
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_ratio=0.6, min_crop=0.6, batch_size=128,
-            epochs=4, warmup_epochs=0.4, blr=4e-3, decoder_depth=1, momentum=0.99, workers=1, log_every=78,
-            save_every=312)
+            epochs=4, warmup_epochs=0.4, blr=4e-3, decoder_depth=1, workers=1, log_every=78, save_every=312)
 
 
 # ----------------------------------------------------------------------------------------------------------------
