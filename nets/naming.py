@@ -14,7 +14,7 @@ from vit import Swin, ViT
 
 # Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
 ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
-                     r"(?!dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
+                     r"(?!de_|dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
 
 # What may be missing: a task's own layers, and what relative positions and layer scale add to a plain network.
 FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_token|"

@@ -9,7 +9,15 @@ import tarfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from textbook import TextbookCKA, TextbookDistilled, TextbookEsViT, TextbookImages, TextbookMAE, TextbookMoCo
+from textbook import (
+    TextbookBootMAE,
+    TextbookCKA,
+    TextbookDistilled,
+    TextbookEsViT,
+    TextbookImages,
+    TextbookMAE,
+    TextbookMoCo,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -60,7 +68,18 @@ def esvit(case, ours, inputs, device):
     return model, lambda *images: model(images, crops, 0.04), [x.flatten(0, 1) for x in images]
 
 
-NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit)
+def bootmae(case, ours, inputs, device):
+    model = TextbookBootMAE(decoder_dim=ours.mask_token.shape[2], visible=ours.visible, **MODELS[case.model]).to(device)
+    model.load_state_dict({k: v for k, v in ours.state_dict().items() if not k.startswith("momentum_encoder.")})
+    model.start_average()
+
+    def loss_of(img, order):
+        model.update_average(0.999)
+        return model(img, order)
+    return model, loss_of, inputs
+
+
+NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit, bootmae=bootmae)
 
 
 class TextbookStep:

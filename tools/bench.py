@@ -3,7 +3,7 @@ Speed as ratios: a row times ours and the textbook's in the same process, in tur
 
 python -m tools.bench --data SET     every row but index; writes results/bench-DATE-MACHINE.json
 python -m tools.bench ROW ...        these rows alone:
-    step distill moco esvit          an optimizer step on fixed images: MAE, D-MAE, MoCo v3, EsViT with Swin-T
+    step distill moco esvit bootmae  an optimizer step on fixed images: MAE, D-MAE, MoCo v3, EsViT with Swin-T, BootMAE
     tokens                           a step with a teacher of timm's, against its forward and the student's step alone
     esvit-loss                       EsViT's losses alone, at several numbers of prototypes
     views                            MoCo v3's two views of a batch of crops, against Pillow and torchvision
@@ -46,6 +46,8 @@ from images.mixing import erase
 from images.randaugment import AugmentedCrops
 from mae import MAE, RECIPES
 from moco_v3 import MoCo, two_views
+from more.bootmae import RECIPES as BOOTMAE
+from more.bootmae import BootMAE
 from nets.heads import accuracies, knn_counts, sweep
 from nets.timm_vit import save_random_timm_vit
 from runtime.options import fail
@@ -196,7 +198,19 @@ def esvit_case(case, device):
     return model, loss_of, (images,)
 
 
-NETWORKS = dict(step=mae_case, distill=mae_case, moco=moco_case, esvit=esvit_case)
+def bootmae_case(case, device):
+    """BootMAE, see mae_case, on fixed orders of the patches. The average follows at the beginning of a step."""
+    model = BootMAE(BOOTMAE[case.model]["decoder_dim"], **MODELS[case.model]).to(device)
+    torch.manual_seed(1)
+    inputs = torch.randn(case.batch, 3, 224, 224, device=device), model.random_order(case.batch, device)
+
+    def loss_of(img, order):
+        model.update_ema(0.999)
+        return sum(model(img, order))
+    return model, loss_of, inputs
+
+
+NETWORKS = dict(step=mae_case, distill=mae_case, moco=moco_case, esvit=esvit_case, bootmae=bootmae_case)
 
 
 class Step:
@@ -336,6 +350,7 @@ def compare(cfg, case, modes, gflops):
 # Images per step on a CPU and on a GPU; numbers of prototypes. 1,152 images are 9 batches of CKA.
 PLANS = {"step": ((16, 64, 256), (256, 1024), [0]), "distill": ((16, 64), (256, 1024), [0]),
          "moco": ((16, 64), (256, 1024), [0]), "esvit": ((2, 4), (32,), [65536]),
+         "bootmae": ((16, 64), (256, 1024), [0]),
          "esvit-loss": ((8,), (32,), [4096, 16384, 65536]), "cka-gram": ((128,), (128,), [0]),
          "cka": ((128,), (128,), [0])}
 
