@@ -1,0 +1,33 @@
+"""
+Histograms of oriented gradients, what MaskFeat asks for: how strong edges are in each of nine directions, for each cell
+of 8 x 8 pixels. https://arxiv.org/abs/2112.09133, after Dalal and Triggs 2005
+
+Shapes: B images, C channels, (h, w) the grid of cells.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+BINS = 9                                                        # of 20 degrees each: an edge has no front
+
+
+def hog(img, cell=8):
+    """Images (B, C, h * cell, w * cell), floats -> (B, C, 9, h, w): unit vectors over the bins, zeros in flat cells.
+
+    8-bit values as they are make every sum here exact. Of normalised values a bin may be the one beside it, where an
+    edge is exactly horizontal and gx is but rounding.
+    """
+    x = F.pad(img, (1, 1, 1, 1), mode="reflect")
+    # Sobel's gradients: first the difference, so that a flat cell has exactly none, then the weights 1, 2, 1.
+    across, down = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
+    gx = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]                    # (B, C, H, W)
+    gy = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]                                   # (B, C, H, W)
+    # The angle is counted from the y axis, as published. Bins are not interpolated: each pixel has one.
+    bins = (torch.atan2(gx, gy) / math.pi * BINS).floor().long() % BINS                         # (B, C, H, W)
+    by_cell = "b c (h p) (w q) -> b c h w (p q)"
+    bins = rearrange(bins, by_cell, p=cell, q=cell)
+    strength = rearrange(torch.hypot(gx, gy), by_cell, p=cell, q=cell)                          # (B, C, h, w, p * p)
+    found = strength.new_zeros(*strength.shape[:-1], BINS).scatter_add_(-1, bins, strength)     # (B, C, h, w, 9)
+    return F.normalize(found, dim=-1, eps=1e-12).permute(0, 1, 4, 2, 3)
