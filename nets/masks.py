@@ -23,9 +23,9 @@ def block_masks(images, grid, count, least, most=None, generator=None):
     """Hide blocks of neighbours until `count` units are hidden, or no block is found -> (B, h, w), True where hidden.
 
     A block has an area from `least` to what is left to hide (at most `most`), and sides in a ratio of 0.3 to 1 / 0.3.
-    It has to lie within the grid, smaller than it both ways, and to hide something new, but not more than is left. After
-    ten tries without one the mask ends early, as published: of BEiT's 75 units of 14 x 14 only two masks in three have
-    all. All images are treated at once; each of them follows this law by itself.
+    It has to lie within the grid, smaller than it both ways, and to hide something new, but not more than is left.
+    After ten tries without one the mask ends early, as published: only two masks in three have all of BEiT's 75 units
+    of 14 x 14. All images are treated at once; each of them follows this law by itself.
     """
     h, w = grid
     y, x = torch.arange(h), torch.arange(w)
@@ -56,3 +56,41 @@ def block_masks(images, grid, count, least, most=None, generator=None):
 def to_patches(mask, times):
     """Masks of units (B, h, w) -> masks of patches (B, h * times, w * times)."""
     return mask.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+class Masks:
+    """The masks of a run, for images of `patches` (H, W) patches of `patch_size` pixels.
+
+    law: "uniform" or "blocks"; unit: pixels on the side of what is hidden whole; ratio: the share hidden; least: the
+    smallest block, in units; cell: pixels on the side of what the head answers for at once (default: a patch).
+    count, cells: how many units, and how many cells, are hidden in each image, by blocks at most. ValueError where
+    units do not fit, or nothing is hidden, or all is.
+    """
+
+    def __init__(self, law, patches, patch_size, unit, ratio, least=None, cell=None):
+        height, width = patches[0] * patch_size, patches[1] * patch_size
+        cell = cell or patch_size
+        if unit % cell:
+            raise ValueError(f"--mask-unit {unit} is no multiple of {cell}, the pixels on a side for which the head "
+                             "gets one token: these are hidden whole or not at all")
+        if height % unit or width % unit:
+            raise ValueError(f"--mask-unit {unit} does not tile a {height}x{width} image: give one that does")
+        self.law, self.times, self.grid, self.ratio = law, unit // patch_size, (height // unit, width // unit), ratio
+        units = self.grid[0] * self.grid[1]
+        self.count = math.ceil(units * ratio) if law == "uniform" else round(units * ratio)     # each as published
+        self.least = least or max(1, self.count // 5)           # MaskFeat's; BEiT's is 16 of 75
+        self.cells = self.count * (unit // cell) ** 2
+        if not 0 < self.count < units:
+            raise ValueError(f"--mask-ratio {ratio} hides {self.count} of {units} units: some have to be hidden, and "
+                             "some to be seen")
+        if law == "blocks" and min(self.grid) < 3:
+            raise ValueError(f"--mask blocks needs 3 units or more both ways, and {height}x{width} pixels have "
+                             f"{self.grid[0]}x{self.grid[1]} of {unit}: give a smaller --mask-unit")
+
+    def draw(self, images, generator=None):
+        """-> (B, H, W), True where hidden, on the CPU: the same on all devices, and none has to be waited for."""
+        if self.law == "uniform":
+            mask = uniform_masks(images, self.grid, self.ratio, generator)
+        else:
+            mask = block_masks(images, self.grid, self.count, self.least, generator=generator)
+        return to_patches(mask, self.times)
