@@ -82,7 +82,7 @@ BEIT = dict(COMMON, mask="blocks", mask_ratio=0.383, min_block=16, epochs=800, w
 
 def recipes(published, **small):
     """The recipe of each model. small: what is other for images of 32 to 64 pixels."""
-    ours = dict(published, epochs=200, schedule="cosine", **small)
+    ours = dict(published, epochs=200, schedule="cosine", milestones=(), lag=False, **small)
     own = dict(vit_tiny=dict(published, epochs=400), vit_mini=ours, vit_midi=ours, swin_mini=dict(ours, mask_unit=16))
     return dict.fromkeys(MODELS, published) | dict.fromkeys(SWINS, dict(published, mask_unit=32)) | own
 
@@ -90,7 +90,7 @@ def recipes(published, **small):
 RECIPES = dict(pixels=recipes(MICROSOFT, mask_unit=8) | dict(swin_lite=LITE), hog=recipes(MASKFEAT),
                tokens=recipes(BEIT, min_block=None))
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_unit=8, min_crop=0.6, batch_size=128,
-            epochs=6, warmup_epochs=0.6, blr=4e-3, workers=1, log_every=78, save_every=312)
+            epochs=4, warmup_epochs=0.4, blr=4e-3, workers=1, log_every=78, save_every=312)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -116,8 +116,7 @@ class SimMIM(nn.Module):
         self.hog_cell = max(side for side in range(1, 9) if self.cell % side == 0)
         answers = dict(pixels=c["in_chans"] * self.cell ** 2, tokens=vocab,                     # A, of each cell
                        hog=c["in_chans"] * BINS * (self.cell // self.hog_cell) ** 2)[target]
-        std = dict(hog=0.0, tokens=0.02).get(target)            # of the start; pixels: torch's own
-        self.decoder, self.decoder_pred = make_head(width, answers, block, self.grid, c, std)
+        self.decoder, self.decoder_pred = make_head(target, width, answers, block, self.grid, c)
 
     def forward(self, img, mask, asked):
         """Normalised images (B, C, height, width), hidden patches (B, H, W), what `ask` gives -> loss ()."""
@@ -206,9 +205,8 @@ def rate_at(schedule, step, steps, warmup, peak, floor=0.0, start=0.0, milestone
     step = max(step - lag, 0)
     if schedule == "steps" and step >= warmup:
         return peak * 0.1 ** sum(step >= milestone for milestone in milestones)
-    if schedule == "whole_cosine" and step >= warmup:
-        warmup = 0
-    return warmup_cosine(step, steps, warmup, peak, floor, start)
+    whole = schedule == "whole_cosine" and step >= warmup
+    return warmup_cosine(step, steps, 0 if whole else warmup, peak, floor, start)
 
 
 def resolve(argv=None):
@@ -229,9 +227,9 @@ def make_encoder(cfg):
     if cfg.model in MODELS:
         return start_as_published(BeitViT(**vit_config(cfg), positions="learned", layer_scale=cfg.layer_scale,
                                           key_bias=cfg.key_bias, drop_path=cfg.drop_path), cfg.target)
-    ratio = weights.init_mlp_ratio(cfg) if cfg.init else 4.0
     return Swin(**dict(SWINS[cfg.model], window=cfg.window, img_size=cfg.img_size, patch_size=cfg.patch_size,
-                       in_chans=cfg.in_chans, mlp_ratio=ratio, drop_path=cfg.drop_path))
+                       in_chans=cfg.in_chans, drop_path=cfg.drop_path,
+                       mlp_ratio=weights.init_mlp_ratio(cfg) if cfg.init else 4.0))
 
 
 def add_teacher(cfg, model, run):
@@ -271,8 +269,7 @@ def main(argv=None):
     model.most = masks.cells
     crops = open_words(cfg, model, train, run) if cfg.tokenizer else run.random_crops()
     flip = 0.5 if crops.draws else 0.0                          # words of a file are of images as they are
-    trained = add_teacher(cfg, model, run) if cfg.distill_teacher else model        # D2-SimMIM
-    trained = trained.to(run.device)
+    trained = (add_teacher(cfg, model, run) if cfg.distill_teacher else model).to(run.device)
     groups = exempt(decay_groups(trained, cfg.weight_decay), trained, cfg.no_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
     files = dict(teacher=cfg.distill_teacher, tokenizer=cfg.tokenizer)

@@ -60,13 +60,13 @@ def start_as_published(net, target):
     return net
 
 
-def make_head(width, answers, block, grid, config, std=None):
+def make_head(target, width, answers, block, grid, config):
     """The layers of a light head, (decoder, decoder_pred): a 1x1 convolution and None; or MAE-Lite's for small Swins, a
     linear layer to `block` channels and a Swin block whose window is not moved, and the convolution. config: of the
-    network; std: of the convolution's start; None: torch's own."""
+    network."""
     last = nn.Sequential(nn.Conv2d(block or width, answers, 1))
-    if std is not None:
-        nn.init.normal_(last[0].weight, std=std)
+    if target != "pixels":                                      # for pixels torch's own start, as published
+        nn.init.normal_(last[0].weight, std=0.02 if target == "tokens" else 0.0)
         nn.init.zeros_(last[0].bias)
     if not block:
         return last, None

@@ -3,6 +3,7 @@ distillation of small Swins. Sizes, heads and options come from the recordings; 
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from golden import FOLDER, Golden, close, close_grads, needs_golden
 
+from finetune import make_optimizer
 from more.simmim import RECIPES, SimMIM, rate_at
 from nets.beit import BeitViT
 from nets.hog import hog
 from nets.masked import exempt, read_map, reconstruct, stage_outputs
-from nets.masks import Masks, block_masks, to_patches, uniform_masks
+from nets.masks import block_masks, to_patches, uniform_masks
+from nets.naming import resize_geometric
 from nets.swin_distill import DistilledSimMIM, TeacherLogits
 from runtime.run import decay_groups, finite_step
 from vit import SWINS, Swin, patchify
@@ -135,7 +138,7 @@ def test_trajectory(name):
                      milestones=milestones)
         for i, group in enumerate(optimizer.param_groups):
             group["lr"] = lr
-            assert lr == pytest.approx(g("out/lr")[step, i].item(), rel=1e-9)
+            assert lr == pytest.approx(g("out/lr")[step, i].item(), rel=1e-6)       # it is stored in fp32
         img = g("input/imgs")[step % c["n_batches"]]
         loss = model(img, g("input/mask")[step].bool(), img)
         loss.backward()
@@ -206,8 +209,9 @@ def renamed(state):
     """MaskFeat's and BEiT's names -> ours: the head is a 1x1 convolution, and its norm the network's last one."""
     new = {}
     for name, tensor in state.items():
-        name = name.replace("pred_head.transforms.0.0.", "encoder.norm.").replace("pred_head.projections.0.", "decoder.0.")
-        name = name.replace("lm_head.", "decoder.0.")
+        for theirs, ours in (("pred_head.transforms.0.0.", "encoder.norm."), ("pred_head.projections.0.", "decoder.0."),
+                             ("lm_head.", "decoder.0.")):
+            name = name.replace(theirs, ours)
         if name == "decoder.0.weight":
             tensor = tensor[..., None, None]
         if not name.startswith("hogs."):                        # constants of the official layer
@@ -257,8 +261,8 @@ def check_groups(model, recorded, no_decay):
 def beit(c, **options):
     """BEiT's network; where a recording has no absolute positions, ours are zeros that do not learn."""
     net = BeitViT(c["img_size"], c["patch_size"], 3, c["embed_dim"], c["depth"], c["num_heads"], c["mlp_ratio"],
-                  positions="learned", eps=c["norm_eps"], relative=c["rel"], layer_scale=c["init_values"], key_bias=False,
-                  **options)
+                  positions="learned", eps=c["norm_eps"], relative=c["rel"], layer_scale=c["init_values"],
+                  key_bias=False, **options)
     if not c["abs"]:
         net.pos_embed.requires_grad_(False).zero_()
     return net
@@ -306,3 +310,176 @@ def test_fine_tuning_of_beit(name):
     close(loss, g("out/loss"), out)
     loss.backward()
     close_grads(model, g.under("grad"), grad)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+@pytest.mark.parametrize("name", recordings("simmim_mask_generator"))
+def test_masks_of_units(name):
+    """How many units are hidden, which patches are theirs, and that any units are hidden alike, in pairs as well."""
+    g = Recording(name)
+    for i, (size, unit, patch, ratio) in enumerate(g.config["cases"]):
+        _, hidden, side, times = g("out/count_table")[i].tolist()
+        torch.manual_seed(i)
+        masks = uniform_masks(20000, (side, side), ratio)
+        assert masks.flatten(1).sum(1).unique().tolist() == [hidden] == g(f"out/distinct_counts_{i}").flatten().tolist()
+        assert unit // patch == times and size // unit == side
+        share = hidden / side ** 2
+        noise = math.sqrt(share * (1 - share) * (1 / 20000 + 1 / g.config["draws"]))
+        pairs = (masks[:, 0, 0] & masks[:, -1, -1]).float().mean()
+        for ours, key in ((masks.float().mean(0), "unit"), (pairs, "pair")):
+            assert (ours - g(f"out/{key}_frequency_{i}")).abs().max() < 5 * noise
+        for seed in g("input/seeds").tolist():
+            numbers = np.random.RandomState(seed)
+            for recorded in g(f"out/mask_{i}_seed{seed}"):
+                units = torch.zeros(1, side * side, dtype=torch.bool)
+                units[0, numbers.permutation(side * side)[:hidden]] = True
+                assert torch.equal(to_patches(units.view(1, side, side), times)[0].long(), recorded.long())
+
+
+def blocks_one_by_one(side, count, least, most, draw):
+    """BEiT's law in its plainest form, from a random.Random or its like -> mask (side, side)."""
+    mask = np.zeros((side, side), dtype=int)
+    while mask.sum() < count:
+        left = min(count - mask.sum(), most or count)
+        for _ in range(10):
+            area = draw.uniform(least, left)
+            aspect = math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h >= side or w >= side:
+                continue
+            top, first = draw.randint(0, side - h), draw.randint(0, side - w)
+            part = mask[top:top + h, first:first + w]
+            if 0 < h * w - part.sum() <= left:
+                part[:] = 1
+                break
+        else:
+            break                                               # ten tries without a block: the mask ends early
+    return mask
+
+
+BEIT_MASKS = [(name, i) for name in recordings("mim_mask_generators")
+              for i, case in enumerate(Recording(name).config["cases"]) if case[0] == "beit"]
+
+
+@pytest.mark.parametrize("name, i", BEIT_MASKS)
+def test_masks_of_blocks(name, i):
+    """The plain form draws the recorded masks; ours follow the same law: counts, places, borders."""
+    g = Recording(name)
+    _, side, count, least, most = g.config["cases"][i]
+    for seed in g("input/seeds").tolist():
+        draw = random.Random(seed)
+        for recorded in g(f"out/mask_{i}_seed{seed}"):
+            ours = blocks_one_by_one(side, count, least, most, draw)
+            assert np.array_equal(ours, recorded.numpy())
+    draws = 20000
+    masks = block_masks(draws, (side, side), count, least, most, torch.Generator().manual_seed(i))
+    both = 1 / draws + 1 / g.config["draws"]                    # the variance of a difference of two shares
+    counts = torch.bincount(masks.flatten(1).sum(1), minlength=side * side + 1) / draws
+    recorded = g(f"out/count_histogram_{i}") / g.config["draws"]
+    assert ((counts - recorded).abs() <= 5 * (recorded * (1 - recorded) * both).sqrt() + 5e-4).all()
+    assert counts[count + 1:].sum() == 0
+    p = g(f"out/cell_frequency_{i}")
+    assert ((masks.float().mean(0) - p).abs() <= 5 * (p * (1 - p) * both).sqrt()).all()
+    edges = (masks[:, 1:] != masks[:, :-1]).sum((1, 2)) + (masks[:, :, 1:] != masks[:, :, :-1]).sum((1, 2))
+    noise = (edges.float().var() * both).sqrt()
+    assert (edges.float().mean() - g(f"out/mean_boundary_edges_{i}")).abs() < 5 * noise
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Schedules, groups, shapes, relative positions of other windows
+
+
+@pytest.mark.parametrize("name", recordings("schedule_mim"))
+def test_schedules(name):
+    """MAE-Lite's steps; Microsoft's steps and cosine, which come a step late."""
+    g = Recording(name)
+    for i, c in enumerate(g.config["maelite"]):
+        close_rates("steps", g(f"out/maelite_lr_{i}"), c)
+    for i, c in enumerate(g.config["simmim"]):
+        kind = dict(multistep="steps", cosine="whole_cosine")[c["name"]]
+        close_rates(kind, g(f"out/simmim_lr_{i}"), c, floor=c["min_lr"], lag=True)
+
+
+def close_rates(kind, recorded, c, **options):
+    steps, milestones = c["epochs"] * c["it"], [epoch * c["it"] for epoch in c["ms"]]
+    assert c.get("gamma", 0.1) == 0.1
+    options.update(start=c["warmup_lr"], milestones=milestones)
+    ours = [rate_at(kind, step, steps, c["warm"] * c["it"], c["lr"], **options) for step in range(steps)]
+    close(torch.tensor(ours, dtype=torch.float64), recorded, 1e-12)
+
+
+RECORDED_GROUPS = (read_json("paramgroups_mim") or dict(groups={}))["groups"]
+
+
+def swin_of(names, **options):
+    """A narrow Swin with as many stages and blocks as the names of parameters show."""
+    blocks = {tuple(name.split("layers.")[1].split(".")[:3:2]) for name in names if ".blocks." in f".{name}"
+              and "layers." in name}
+    stages = sorted({int(stage) for stage, _ in blocks})
+    depths = [sum(int(stage) == s for stage, _ in blocks) for s in stages]
+    return Swin(32, 2, 3, 6, depths, [1] * len(depths), 4, **options)
+
+
+@pytest.mark.parametrize("row", [row for row in RECORDED_GROUPS if "simmim" in row and "pretrain" in row])
+def test_groups_of_pretraining(row):
+    want = {}
+    for group in RECORDED_GROUPS[row]:
+        want |= dict.fromkeys([name.removeprefix("model.") for name in group["params"]], group["weight_decay"])
+    block = 6 if any(name.startswith("decoder.1.") for name in want) else 0
+    model = SimMIM(swin_of(want), block=block)
+    names = {id(p): name for name, p in model.named_parameters()}
+    lite = row.startswith("maelite")
+    recipe = RECIPES["pixels"]["swin_lite" if lite else "swin_base"]
+    groups = exempt(decay_groups(model, recipe["weight_decay"]), model, recipe.get("no_decay", ()))
+    assert {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]} == want
+
+
+@pytest.mark.parametrize("row", [row for row in RECORDED_GROUPS if "swin" in row and "finetune" in row])
+def test_groups_of_fine_tuning(row):
+    """Layers and weight decay. MAE-Lite's code counts two layers less for norm and head, so that they learn with 0.7225
+    of the rate, less than the last block; ours learn with the whole rate, as Microsoft's do."""
+    want, decay = {}, float(row.split()[-1])
+    for group in RECORDED_GROUPS[row]:
+        for name in group["params"]:
+            scale = 1.0 if name.startswith(("norm.", "head.")) else group["lr_scale"]
+            assert name.startswith(("norm.", "head.")) <= (group["lr_scale"] in (1.0, pytest.approx(decay ** 2)))
+            want[name] = group["weight_decay"], pytest.approx(scale)
+    cfg = SimpleNamespace(weight_decay=0.05, layer_decay=decay, optimizer="adamw")
+    model = swin_of(want, num_classes=5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    ours = {names[id(p)]: (group["weight_decay"], group["lr_scale"])
+            for group in make_optimizer(cfg, model, 1e-3).param_groups for p in group["params"]}
+    assert ours == want
+
+
+SHAPES = read_json("shapes_mim") or dict(shapes={}, counts={})
+
+
+@pytest.mark.parametrize("row", [row for row in SHAPES["shapes"] if "simmim" in row])
+def test_shapes(row):
+    """MAE-Lite's student, that of D2 with a block more, and the teacher: names, shapes, counts."""
+    want, distilled = SHAPES["shapes"][row], row.endswith("_d13")
+    name = "swin_tiny" if row.endswith("small") else "swin_lite"
+    block = 0 if row.endswith("small") else RECIPES["pixels"][name]["head_block"]
+    with torch.device("meta"):
+        model = SimMIM(Swin(**SWINS[name]), block=block, tap=1 if distilled else None)
+        if distilled:
+            model = DistilledSimMIM(model, TeacherLogits(SimMIM(Swin(**SWINS["swin_tiny"])), "meta"))
+            trainable = SHAPES["counts"]["maelite/simmim_d2 trainable"]
+            assert sum(p.numel() for p in model.parameters()) == trainable["n_params"]
+            assert [list(p.shape) for p in model.adapter.parameters()] == list(trainable["adapter"].values())
+            model.adapter = None
+    ours = {name.removeprefix("model.").replace("extra.", "encoder.layers.3.blocks.2."): list(p.shape)
+            for name, p in model.named_parameters()}
+    assert sum(math.prod(shape) for shape in ours.values()) == want["n_params"]
+    assert ours == want.get("params", ours)
+
+
+@pytest.mark.parametrize("name", recordings("swin_bias_remap"))
+def test_relative_positions_of_other_windows(name):
+    g = Recording(name)
+    for i, (old, new, _) in enumerate(g.config["cases"]):
+        close(resize_geometric(g(f"input/table_{i}"), old, new), g(f"out/table_{i}"), 1e-5)
