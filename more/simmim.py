@@ -268,7 +268,6 @@ def main(argv=None):
         masks = Masks(cfg.mask, model.patches, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio, cfg.min_block, model.cell)
     model.most = masks.cells
     crops = open_words(cfg, model, train, run) if cfg.tokenizer else run.random_crops()
-    flip = 0.5 if crops.draws else 0.0                          # words of a file are of images as they are
     trained = (add_teacher(cfg, model, run) if cfg.distill_teacher else model).to(run.device)
     groups = exempt(decay_groups(trained, cfg.weight_decay), trained, cfg.no_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, cfg.beta2), fused=True)
@@ -282,7 +281,7 @@ def main(argv=None):
         run.set_lr(rate_at(cfg.schedule, step, run.total, run.warmup, run.peak, cfg.min_lr, cfg.warmup_lr, milestones,
                            cfg.lag))
         for crop, numbers in passes:                            # uint8 crops on the device
-            crop = random_flip(crop, flip)
+            crop = random_flip(crop, 0.5 if crops.draws else 0.0)           # a file's words are of images as they are
             img = normalize(crop, run.mean, run.std)                                            # (B, C, height, width)
             asked = model.ask(crop, img, numbers)                                               # a map of (h, w) cells
             mask = masks.draw(len(img)).to(run.device, non_blocking=True)                       # (B, H, W)
