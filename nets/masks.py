@@ -85,7 +85,7 @@ class Masks:
                              "some to be seen")
         if law == "blocks" and min(self.grid) < 3:
             raise ValueError(f"--mask blocks needs 3 units or more both ways, and {height}x{width} pixels have "
-                             f"{self.grid[0]}x{self.grid[1]} of {unit}: give a smaller --mask-unit")
+                             f"{self.grid[0]}x{self.grid[1]} of {unit}: give smaller units or --mask uniform")
 
     def draw(self, images, generator=None):
         """-> (B, H, W), True where hidden, on the CPU: the same on all devices, and none has to be waited for."""
