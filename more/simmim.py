@@ -49,6 +49,7 @@ class Config(TrainingOptions, ProbeOptions):
     min_block: int | None = opt(None, "units of the smallest block (default: a fifth of what is hidden)", least=1)
     head_block: int | None = opt(None, "width of a Swin block of 3 heads before the linear head; 0: none", least=0)
     window: int | None = opt(None, "patches on the side of a Swin's window, if not the model's own", least=1)
+    positions: str = opt("learned", "positions of a ViT", choices=("learned", "sincos"))
     layer_scale: float = opt(0.0, "start of the factors on a ViT's branches; 0: none", least=0)
     key_bias: bool = opt(True, "keys of a ViT have a bias")
     drop_path: float = opt(0.0, "rate of stochastic depth at the last block", least=0, most=1)
@@ -82,7 +83,7 @@ BEIT = dict(COMMON, mask="blocks", mask_ratio=0.383, min_block=16, epochs=800, w
 
 def recipes(published, **small):
     """The recipe of each model. small: what is other for images of 32 to 64 pixels."""
-    ours = dict(published, epochs=200, schedule="cosine", milestones=(), lag=False, **small)
+    ours = dict(published, epochs=200, schedule="cosine", milestones=(), lag=False, positions="sincos", **small)
     own = dict(vit_tiny=dict(published, epochs=400), vit_mini=ours, vit_midi=ours, swin_mini=dict(ours, mask_unit=16))
     return dict.fromkeys(MODELS, published) | dict.fromkeys(SWINS, dict(published, mask_unit=32)) | own
 
@@ -99,11 +100,9 @@ DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_
 
 class SimMIM(nn.Module):
     """A network that sees a whole image, hidden patches as mask tokens, and a light head that answers for these.
-
     encoder: a ViT, BeitViT or Swin. target: "pixels", "hog" or "tokens", of `vocab` words. block: width of a Swin block
     in the head; 0: none. tap: the head reads a Swin's map after this stage (see nets/masked.py; default: the last map).
-    most: cells of that map that are hidden in an image at most (default: all). Raises ValueError as `prepare` does.
-    """
+    most: cells of that map that are hidden in an image at most (default: all). Raises ValueError as `prepare` does."""
     parts, words = {}, None                                     # of the loss, for the log; of BEiT, see nets/tokens.py
 
     def __init__(self, encoder, target="pixels", vocab=8192, block=0, tap=None, most=None):
@@ -225,7 +224,7 @@ def resolve(argv=None):
 def make_encoder(cfg):
     """The network of a config, or ValueError for sizes that do not fit."""
     if cfg.model in MODELS:
-        return start_as_published(BeitViT(**vit_config(cfg), positions="learned", layer_scale=cfg.layer_scale,
+        return start_as_published(BeitViT(**vit_config(cfg), positions=cfg.positions, layer_scale=cfg.layer_scale,
                                           key_bias=cfg.key_bias, drop_path=cfg.drop_path), cfg.target)
     return Swin(**dict(SWINS[cfg.model], window=cfg.window, img_size=cfg.img_size, patch_size=cfg.patch_size,
                        in_chans=cfg.in_chans, drop_path=cfg.drop_path,

@@ -53,7 +53,8 @@ def start_as_published(net, target):
                 nn.init.constant_(module.bias, 0.02)
         return net
     for p in (*(layer.weight for layer in linear), net.cls_token, net.pos_embed):
-        nn.init.trunc_normal_(p, std=0.02, a=-0.02, b=0.02)     # cut at one deviation
+        if p.requires_grad:                                     # positions may be fixed
+            nn.init.trunc_normal_(p, std=0.02, a=-0.02, b=0.02)     # cut at one deviation
     for number, block in enumerate(net.blocks, 1):
         for layer in (block.attn.proj, block.mlp.fc2):
             layer.weight.div_(math.sqrt(2 * number))            # deeper blocks say less at first

@@ -15,7 +15,7 @@ def load_tokenizer(path, device="cpu"):
     """Read a program that torch.export.save wrote -> a function of images in 0..1 (B, C, height, width). ValueError
     where it is none."""
     try:
-        from torch.export.passes import move_to_device_pass     # here, because it takes a while to import
+        from torch.export.passes import move_to_device_pass  # here, because it takes a while to import
         return move_to_device_pass(torch.export.load(path), str(device)).module()
     except Exception as error:                                  # damaged files raise almost anything
         reason = str(error).split("\n")[0] or type(error).__name__
