@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
 BINS = 9                                                        # of 20 degrees each: an edge has no front
 
@@ -19,18 +18,30 @@ def hog(img, cell=8):
     8-bit values as they are make every sum here exact. Of normalised values a bin may be the one beside it, where an
     edge is exactly horizontal and gx is but rounding.
     """
+    # On a CPU one image at a time stays in the cache: eight times as fast.
+    parts = img.split(1 if img.device.type == "cpu" else len(img))
+    found = torch.cat([votes(part, cell) for part in parts])                                    # (B, C, h, w, 9)
+    return F.normalize(found, dim=-1, eps=1e-12).permute(0, 1, 4, 2, 3)
+
+
+def votes(img, cell):
+    """Images (B, C, H, W) -> the strength of the edges in each bin, summed over the pixels of a cell, (B, C, h, w, 9)."""
+    B, C, H, W = img.shape
+    h, w = H // cell, W // cell
     x = F.pad(img, (1, 1, 1, 1), mode="reflect")
     # Sobel's gradients: first the difference, so that a flat cell has exactly none, then the weights 1, 2, 1.
     across, down = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
     gx = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]                    # (B, C, H, W)
     gy = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]                                   # (B, C, H, W)
     # The angle is counted from the y axis, as published. Bins are not interpolated: each pixel has one.
-    bins = (torch.atan2(gx, gy) / math.pi * BINS).floor().long() % BINS                         # (B, C, H, W)
-    by_cell = "b c (h p) (w q) -> b c h w (p q)"
-    bins = rearrange(bins, by_cell, p=cell, q=cell)
-    strength = rearrange(torch.hypot(gx, gy), by_cell, p=cell, q=cell)                          # (B, C, h, w, p * p)
-    found = strength.new_zeros(*strength.shape[:-1], BINS).scatter_add_(-1, bins, strength)     # (B, C, h, w, 9)
-    return F.normalize(found, dim=-1, eps=1e-12).permute(0, 1, 4, 2, 3)
+    bins = (torch.atan2(gx, gy) / math.pi * BINS).floor().remainder(BINS).long()                # (B, C, H, W)
+    strength = (gx.square() + gy.square()).sqrt()                                               # (B, C, H, W)
+    # Each pixel adds its strength to one of the B * C * h * w * 9 sums.
+    rows, columns = torch.arange(H, device=img.device) // cell, torch.arange(W, device=img.device) // cell
+    channel = torch.arange(B * C, device=img.device).view(B, C, 1, 1)
+    place = ((channel * h + rows.unsqueeze(1)) * w + columns) * BINS + bins                     # (B, C, H, W)
+    sums = strength.new_zeros(B * C * h * w * BINS).scatter_add_(0, place.flatten(), strength.flatten())
+    return sums.view(B, C, h, w, BINS)
 
 
 def strokes(histograms, cell):

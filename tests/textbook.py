@@ -389,7 +389,7 @@ class TextbookMIM(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(dim, answers, 1))
 
     def forward(self, img, mask, asked):
-        """img (B, 3, H, W), mask (B, h, w), 1 where hidden; asked: the image, its 8-bit values, or words (B, 1, h, w)."""
+        """img (B, 3, H, W), mask (B, h, w), 1 where hidden; asked: img, its 8-bit values, or words (B, 1, h, w)."""
         net, p, hidden = self.encoder, self.patch_size, mask.flatten(1).float()                 # (B, N)
         x = net.patch_embed(img)                                                                # (B, N, D)
         x = x * (1 - hidden.unsqueeze(2)) + net.mask_token * hidden.unsqueeze(2)
