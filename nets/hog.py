@@ -25,7 +25,7 @@ def hog(img, cell=8):
 
 
 def votes(img, cell):
-    """Images (B, C, H, W) -> the strength of the edges in each bin, summed over the pixels of a cell, (B, C, h, w, 9)."""
+    """Images (B, C, H, W) -> the strength of the edges in each bin, summed over each cell, (B, C, h, w, 9)."""
     B, C, H, W = img.shape
     h, w = H // cell, W // cell
     x = F.pad(img, (1, 1, 1, 1), mode="reflect")
