@@ -20,11 +20,11 @@ def hog(img, cell=8):
     """
     # On a CPU one image at a time stays in the cache: eight times as fast.
     parts = img.split(1 if img.device.type == "cpu" else len(img))
-    found = torch.cat([votes(part, cell) for part in parts])                                    # (B, C, h, w, 9)
+    found = torch.cat([edge_strengths(part, cell) for part in parts])                                    # (B, C, h, w, 9)
     return F.normalize(found, dim=-1, eps=1e-12).permute(0, 1, 4, 2, 3)
 
 
-def votes(img, cell):
+def edge_strengths(img, cell):
     """Images (B, C, H, W) -> the strength of the edges in each bin, summed over each cell, (B, C, h, w, 9)."""
     B, C, H, W = img.shape
     h, w = H // cell, W // cell
