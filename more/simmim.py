@@ -28,16 +28,7 @@ from images.datasets import digest_of_names
 from images.pictures import save_sheet
 from nets.beit import BeitViT
 from nets.hog import BINS, hog, strokes
-from nets.masked import (
-    checkpoint_of,
-    exempt,
-    light_head,
-    mean_token,
-    prepare,
-    read_map,
-    reconstruct,
-    start_as_published,
-)
+from nets.masked import checkpoint_of, exempt, mean_token, new_head, prepare, read_map, reconstruct, start_as_published
 from nets.masks import Masks, to_patches
 from nets.swin_distill import DistilledSimMIM, TeacherLogits, check_teacher
 from nets.tokens import Words
@@ -124,7 +115,7 @@ class SimMIM(nn.Module):
         self.hog_cell = max(side for side in range(1, 9) if self.cell % side == 0)
         answers = dict(pixels=c["in_chans"] * self.cell ** 2, tokens=vocab,                     # A, of each cell
                        hog=c["in_chans"] * BINS * (self.cell // self.hog_cell) ** 2)[target]
-        self.decoder, self.decoder_pred = light_head(target, width, answers, block, self.grid, c)
+        self.decoder, self.decoder_pred = new_head(target, width, answers, block, self.grid, c)
 
     def forward(self, img, mask, asked):
         """Normalised images (B, C, height, width), hidden patches (B, H, W), what `ask` gives -> loss ()."""

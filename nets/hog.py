@@ -20,7 +20,7 @@ def hog(img, cell=8):
     """
     # On a CPU one image at a time stays in the cache: eight times as fast.
     parts = img.split(1 if img.device.type == "cpu" else len(img))
-    found = torch.cat([edge_strengths(part, cell) for part in parts])                                    # (B, C, h, w, 9)
+    found = torch.cat([edge_strengths(part, cell) for part in parts])                           # (B, C, h, w, 9)
     return F.normalize(found, dim=-1, eps=1e-12).permute(0, 1, 4, 2, 3)
 
 

@@ -61,7 +61,7 @@ def start_as_published(net, target):
     return net
 
 
-def light_head(target, width, answers, block, grid, config):
+def new_head(target, width, answers, block, grid, config):
     """The layers of a light head, (decoder, decoder_pred): a 1x1 convolution and None; or MAE-Lite's for small Swins, a
     linear layer to `block` channels and a Swin block whose window is not moved, and the convolution. config: of the
     network."""
