@@ -90,8 +90,8 @@ def recipes(published, **small):
 
 RECIPES = dict(pixels=recipes(MICROSOFT, mask_unit=8) | dict(swin_lite=LITE), hog=recipes(MASKFEAT),
                tokens=recipes(BEIT, min_block=None))
-DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask_unit=8, min_crop=0.6, batch_size=128,
-            epochs=4, warmup_epochs=0.4, blr=4e-3, workers=1, log_every=78, save_every=312)
+DEMO = dict(data="shapes", model="vit_mini", img_size=(48,), patch_size=8, mask="uniform", mask_unit=8, min_crop=0.6,
+            batch_size=128, epochs=4, warmup_epochs=0.4, blr=4e-3, workers=1, log_every=78, save_every=312)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -45,16 +45,20 @@ def prepare(net, tap=None):
 
 @torch.no_grad()
 def start_as_published(net, target):
-    """The start that a ViT has in MaskFeat ("hog"), or in BEiT and SimMIM -> the ViT. A Swin has its own already."""
+    """The start that a ViT has in MaskFeat ("hog"), or in BEiT and SimMIM -> the ViT. A Swin has its own already. With
+    fixed positions, which those do not have, it is MAE's: our small ViTs learn sooner from it."""
     linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    if not net.pos_embed.requires_grad:
+        for weight in (*(layer.weight for layer in linear), net.patch_embed.proj.weight.flatten(1)):
+            nn.init.xavier_uniform_(weight)                     # flatten gives a view, so the projection itself
+        return net
     if target == "hog":                                         # MaskFeat: biases of layers and norms start at 0.02
         for module in linear + [m for m in net.modules() if isinstance(m, nn.LayerNorm)]:
             if module.bias is not None:                         # BEiT's keys have none
                 nn.init.constant_(module.bias, 0.02)
         return net
     for p in (*(layer.weight for layer in linear), net.cls_token, net.pos_embed):
-        if p.requires_grad:                                     # positions may be fixed
-            nn.init.trunc_normal_(p, std=0.02, a=-0.02, b=0.02)     # cut at one deviation
+        nn.init.trunc_normal_(p, std=0.02, a=-0.02, b=0.02)     # cut at one deviation
     for number, block in enumerate(net.blocks, 1):
         for layer in (block.attn.proj, block.mlp.fc2):
             layer.weight.div_(math.sqrt(2 * number))            # deeper blocks say less at first

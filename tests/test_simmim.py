@@ -316,12 +316,16 @@ def test_recipes():
 
 
 def test_start():
-    """MaskFeat's biases are 0.02 and its head 0; BEiT's deeper blocks start smaller, its words' head with 0.02."""
-    cfg = resolve(["--demo", "--target", "hog"])
-    model = SimMIM(simmim.make_encoder(cfg), "hog")
+    """MaskFeat's biases are 0.02 and its head 0; BEiT's deeper blocks start smaller, its words' head with 0.02. Our small
+    ViTs start as MAE's."""
+    learned = ["--demo", "--positions", "learned"]
+    model = SimMIM(simmim.make_encoder(resolve([*learned, "--target", "hog"])), "hog")
     assert (model.encoder.blocks[1].norm1.bias == 0.02).all() and (model.encoder.blocks[1].mlp.fc1.bias == 0.02).all()
     assert not model.decoder[0].weight.any() and not model.decoder[0].bias.any()
-    model = SimMIM(simmim.make_encoder(resolve(["--demo"])))
+    ours = simmim.make_encoder(resolve(["--demo"]))
+    assert ours.blocks[1].attn.qkv.weight.abs().max().item() == pytest.approx((6 / (128 + 384)) ** 0.5, rel=1e-2)
+    assert ours.patch_embed.proj.weight.abs().max().item() == pytest.approx((6 / (192 + 128)) ** 0.5, rel=1e-2)
+    model = SimMIM(simmim.make_encoder(resolve(learned)))
     first, last = (model.encoder.blocks[i].mlp.fc2.weight.std() for i in (0, 3))
     assert (first / last).item() == pytest.approx(2.0, rel=0.02) and model.encoder.mask_token.abs().max() <= 0.02
     assert model.decoder[0].bias.any()                          # torch's own start, as published
