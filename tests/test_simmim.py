@@ -316,8 +316,7 @@ def test_recipes():
 
 
 def test_start():
-    """MaskFeat's biases are 0.02 and its head 0; BEiT's deeper blocks start smaller, its words' head with 0.02. Our small
-    ViTs start as MAE's."""
+    """MaskFeat's biases are 0.02 and its head 0; BEiT's deeper blocks start smaller. Our small ViTs start as MAE's."""
     learned = ["--demo", "--positions", "learned"]
     model = SimMIM(simmim.make_encoder(resolve([*learned, "--target", "hog"])), "hog")
     assert (model.encoder.blocks[1].norm1.bias == 0.02).all() and (model.encoder.blocks[1].mlp.fc1.bias == 0.02).all()
