@@ -7,7 +7,7 @@ same="$set --model vit_mini --patch-size 4 --warmup-epochs 1 --blr 1e-3 --min-cr
 python mae.py $same --epochs ${MAE_EPOCHS:-$((2 * e))} --out $out/mae
 python -m more.simmim $same --epochs $e --out $out/simmim
 python -m more.simmim $same --epochs $e --target hog --out $out/maskfeat
-python -m more.bootmae $same --epochs ${BOOT_EPOCHS:-$e} --out $out/bootmae
+[ ! -e more/bootmae.py ] || python -m more.bootmae $same --epochs ${BOOT_EPOCHS:-$e} --out $out/bootmae
 for m in mae simmim maskfeat bootmae; do
   for p in knn sweep; do python probe.py $out/$m/encoder.pt --data ${DATA:-cifar10} --protocol $p; done
   python finetune.py $set --init $out/$m/encoder.pt --epochs 10 --out $out/$m-tuned
