@@ -46,12 +46,12 @@ def edge_strengths(img, cell):
 
 def strokes(histograms, cell):
     """Draw histograms (B, C, 9, h, w) -> uint8 (B, 1, h * cell, w * cell): in each cell a stroke along each edge, as
-    bright as the edge is strong, the channels averaged."""
+    bright as its share of a cell's energy, the channels averaged."""
     at = torch.arange(cell) - (cell - 1) / 2
     angle = (torch.arange(BINS) + 0.5) * math.pi / BINS                                         # of a bin's middle
     # How far a pixel is from the line through the cell's middle, across which the gradient points.
     away = at.unsqueeze(1) * angle.cos().view(-1, 1, 1) + at * angle.sin().view(-1, 1, 1)       # (9, cell, cell)
     stroke = (1 - away.abs()).clamp(min=0).to(histograms.device)
-    strength = histograms.clamp(0, 1).mean(1)                                                   # (B, 9, h, w)
+    strength = histograms.clamp(0, 1).square().mean(1)                                          # (B, 9, h, w)
     picture = torch.einsum("bnhw,npq->bhpwq", strength, stroke).flatten(3, 4).flatten(1, 2)     # (B, H, W)
     return (255 * picture.clamp(max=1)).byte().unsqueeze(1)
