@@ -9,7 +9,7 @@ BEiT:       torchrun ... -m more.simmim --target tokens --tokenizer tokenizer.pt
 A teacher:  torchrun ... -m more.simmim --model swin_lite --distill-teacher simmim_swin_tiny.pth     (D2-SimMIM)
 A minute:   python -m more.simmim --demo                                              (also with --target hog)
 Preempted:  type the same command again
-Expected:   not run yet at full size; docs/methods.md has the demos' last lines
+Expected:   not run yet at full size; docs/methods.md has the last lines of MaskFeat's demo
 """
 import math
 import os
