@@ -1,6 +1,7 @@
 """Plain forms of the methods, for comparison only: tests check our numbers against them, tools/bench.py our speed."""
 import copy
 import io
+import math
 import random
 from functools import partial
 
@@ -463,3 +464,57 @@ class TextbookBootMAE(nn.Module):
         slow, fast = self.average[0].state_dict(), self.state_dict()
         for name, value in slow.items():
             value.copy_(value * momentum + (1 - momentum) * fast[name])
+
+
+def textbook_hog(img, cell=8):
+    """Images (B, C, H, W) -> histograms of oriented gradients (B, C, 9, H / cell, W / cell), channel by channel."""
+    sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], dtype=img.dtype, device=img.device)
+    found = []
+    for image in img:
+        for channel in image:
+            x = nn.functional.pad(channel[None, None], (1, 1, 1, 1), mode="reflect")
+            gx, gy = (nn.functional.conv2d(x, kernel[None, None])[0] for kernel in (sobel, sobel.T))
+            bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9
+            votes = torch.zeros(9, *channel.shape, dtype=img.dtype, device=img.device)
+            votes.scatter_(0, bins, (gx ** 2 + gy ** 2).sqrt())
+            sums = votes.unfold(1, cell, cell).unfold(2, cell, cell).sum((3, 4))
+            found.append(nn.functional.normalize(sums, dim=0))
+    return torch.stack(found).view(*img.shape[:2], 9, img.shape[2] // cell, img.shape[3] // cell)
+
+
+class TextbookMIM(nn.Module):
+    """SimMIM, MaskFeat and BEiT on a ViT of timm's blocks, in the order of the papers' text: mask tokens, positions,
+    blocks, an answer for every patch, every patch asked, the error averaged over the hidden ones."""
+
+    def __init__(self, target, answers, img_size=224, patch_size=16, dim=192, depth=12, heads=12, mlp_ratio=4):
+        super().__init__()
+        from timm.layers import PatchEmbed
+        from timm.models.vision_transformer import Block
+        block = dict(mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.target, self.patch_size, self.encoder = target, patch_size, nn.Module()
+        self.encoder.patch_embed = PatchEmbed(img_size, patch_size, 3, dim)
+        self.encoder.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.encoder.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.encoder.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.encoder.patch_embed.num_patches, dim))
+        self.encoder.blocks = nn.ModuleList([Block(dim, heads, **block) for _ in range(depth)])
+        self.encoder.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder = nn.Sequential(nn.Conv2d(dim, answers, 1))
+
+    def forward(self, img, mask, asked):
+        """img (B, 3, H, W), mask (B, h, w), 1 where hidden; asked: img, its 8-bit values, or words (B, 1, h, w)."""
+        net, p, hidden = self.encoder, self.patch_size, mask.flatten(1).float()                 # (B, N)
+        x = net.patch_embed(img)                                                                # (B, N, D)
+        x = x * (1 - hidden.unsqueeze(2)) + net.mask_token * hidden.unsqueeze(2)
+        x = torch.cat([net.cls_token.expand(len(x), -1, -1), x], 1) + net.pos_embed
+        for block in net.blocks:
+            x = block(x)
+        x = rearrange(net.norm(x)[:, 1:], "b (h w) d -> b d h w", h=mask.shape[1])
+        answer = rearrange(self.decoder(x), "b a h w -> b (h w) a").float()                     # (B, N, A)
+        if self.target == "tokens":
+            each = nn.functional.cross_entropy(answer.flatten(0, 1), asked.flatten(), reduction="none")
+            return (each.view(hidden.shape) * hidden).sum() / hidden.sum()
+        if self.target == "hog":
+            asked, p = textbook_hog(asked.float(), 8).flatten(1, 2), p // 8
+        asked = rearrange(asked, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        each = (answer - asked).square() if self.target == "hog" else (answer - asked).abs()
+        return (each.mean(2) * hidden).sum() / hidden.sum()

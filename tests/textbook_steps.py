@@ -16,6 +16,7 @@ from textbook import (
     TextbookEsViT,
     TextbookImages,
     TextbookMAE,
+    TextbookMIM,
     TextbookMoCo,
 )
 from torch import nn
@@ -79,7 +80,13 @@ def bootmae(case, ours, inputs, device):
     return model, loss_of, inputs
 
 
-NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit, bootmae=bootmae)
+def simmim(case, ours, inputs, device):
+    model = TextbookMIM(ours.target, ours.decoder[0].out_channels, **MODELS[case.model]).to(device)
+    model.load_state_dict(ours.state_dict())
+    return model, lambda img, mask, crops: model(img, mask, crops if ours.target == "hog" else img), inputs
+
+
+NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit, bootmae=bootmae, simmim=simmim, maskfeat=simmim)
 
 
 class TextbookStep:
@@ -157,6 +164,12 @@ def batches(kind, source, batch, order, workers, device):
     for img, _ in DataLoader(images, batch, sampler=order, drop_last=True, num_workers=workers,
                              pin_memory=device.type == "cuda"):
         yield img.to(device, non_blocking=True)
+
+
+def scikit_image_hog(crops):
+    """HOG of uint8 images (B, C, h, w), as one would get it from scikit-image: an image and a channel at a time."""
+    from skimage.feature import hog
+    return [hog(channel, 9, (8, 8), (1, 1), feature_vector=False) for img in crops.numpy() for channel in img]
 
 
 def knn(train, train_labels, test, test_labels, k, classes):
