@@ -20,11 +20,11 @@ from torch import nn
 
 import weights
 from images.augment import normalize, random_flip
-from nets.timm_vit import FrozenViT, cached_file, load_timm_vit, save_random_timm_vit
 from runtime.folder import FileOfRun
 from runtime.options import ProbeOptions, TrainingOptions, fail, flag, opt, parse, value_errors_exit, vit_config
 from runtime.run import DTYPES, Run, decay_groups, launch, print_rank0, warmup_cosine
 from vit import MODELS, Block, ViT
+from weights.timm_vit import FrozenViT, cached_file, load_timm_vit, save_random_timm_vit
 
 
 class LogitsBlock(nn.Module):
@@ -354,7 +354,7 @@ class TokenStudent(nn.Module):
             entropies = torch.special.entr(theirs.mean(0)) - torch.special.entr(theirs).mean(0)
             chances["relation_chance"] = entropies.sum(-1).mean()
         features = F.normalize(ours.mean(1).float(), dim=-1)                                    # (B, D)
-        spread = features.std(0).mean() * features.shape[-1] ** 0.5
+        spread = features.std(0, unbiased=False).mean() * features.shape[-1] ** 0.5
         return dict(chance=sum(chances.values()), **cosines, spread=spread, **chances, **usual)
 
 
@@ -368,7 +368,7 @@ class Config(TrainingOptions, ProbeOptions):
     teacher_file: str | None = opt(None, "official weights of timm:NAME (default: in timm's cache)", needs="teacher")
     teacher_heads: int | None = opt(None, "attention heads of the teacher, where its file does not say", least=1)
     distill: str | None = opt(None, "what is learnt; attention is compared in one more block, as in D2-MAE; tokens are "
-                              "the final ones (default for timm:NAME and --demo, else attention)",
+                              "the final ones (default for timm:NAME, and in a demo without a teacher)",
                               choices=("attention", "hidden", "tokens"))
     distill_layers: tuple[str, ...] | None = opt(None, "STUDENT:TEACHER layers, as 12:24 (default: the last of both)")
     patch_loss: str | None = opt(None, "tokens: of patches, learn their features, or how alike they are, or both "
@@ -400,6 +400,8 @@ def read_config(argv):
              "give --distill tokens")
     if cfg.teacher_file and not from_timm:
         fail("--teacher-file has no effect without --teacher timm:NAME: give that, or the file as --teacher")
+    if cfg.teacher_heads and from_timm:
+        fail("--teacher-heads has no effect with --teacher timm:NAME, which has its own: leave it out")
     if cfg.patch_loss and kind != "tokens":
         fail("--patch-loss has no effect without --distill tokens: give that as well")
     if kind == "tokens":
@@ -409,13 +411,14 @@ def read_config(argv):
                  "tokens: leave them out")
         if cfg.demo and not cfg.teacher:
             cfg = with_demo_teacher(cfg)
-    cfg.teacher or fail("--teacher is required: the file of a ViT in any layout, or timm:NAME (--demo makes one)")
+    if not cfg.teacher:
+        fail("--teacher is required: the file of a ViT in any layout (make demo-distill makes one), or timm:NAME")
     return replace(cfg, distill=kind)
 
 
 def with_demo_teacher(cfg):
     """The config of a demo, with a network of timm's as the teacher, whose random weights are saved beside the run."""
-    file = os.path.join(os.path.dirname(cfg.out), "demo-teacher.pth")
+    file = os.path.join(cfg.out, "teacher.pth")
     with value_errors_exit():
         save_random_timm_vit(DEMO_TEACHER, file)
     return replace(cfg, teacher=f"timm:{DEMO_TEACHER}", teacher_file=file)
@@ -461,8 +464,9 @@ def main(argv=None):
         run.set_lr(warmup_cosine(step, run.total, run.warmup, run.peak))
         for img, _ in passes:                                   # uint8 crops on the device
             img = normalize(random_flip(img), run.mean, run.std)                                # (B, C, h, w)
-            order = torch.rand(len(img), patches, device=run.device).argsort(1)                 # (B, N)
-            keep = order[:, :visible] if visible < patches else None    # student and teacher see the same patches
+            keep = None
+            if visible < patches:                               # student and teacher see the same patches
+                keep = torch.rand(len(img), patches, device=run.device).argsort(1)[:, :visible]         # (B, V)
             with run.autocast():
                 loss = net(img, keep)                                                           # ()
             run.backward(loss, **model.parts)

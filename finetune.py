@@ -304,6 +304,12 @@ def resolve(argv=None):
         return options.check(replace(cfg, img_size=pair(cfg.img_size)), given)
 
 
+def teacher_of(path):
+    """What the file to start from says about a teacher, whose licence may bind this network, too."""
+    teacher = read(path).config.get("teacher") if path else None
+    return dict(teacher=teacher) if teacher else {}
+
+
 def main(argv=None):
     cfg = resolve(argv)
     if cfg.eval:
@@ -322,7 +328,7 @@ def main(argv=None):
     optimizer = make_optimizer(cfg, model, run.peak)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
     evaluated, best = average.module if average else model, dict(value=-1.0, step=0)
-    encoder = dict(model=evaluated.state_dict(), config=dict(model.config, classes=classes))
+    encoder = dict(model=evaluated.state_dict(), config=dict(model.config, classes=classes, **teacher_of(cfg.init)))
     net = run.start(model, optimizer, encoder, teacher=teacher, average=average,
                     best=SimpleNamespace(state_dict=best.copy, load_state_dict=best.update))
     crops = run.random_crops()

@@ -249,6 +249,7 @@ def add_teacher(cfg, model, run):
     decoupled = cfg.distill == "decoupled"                      # D2-MAE: its upper blocks learn from the teacher alone
     teacher = Teacher(cfg.distill_teacher, cfg.teacher_heads, cfg.distill, cfg.distill_layers, model.config,
                       model.depth + decoupled, run)
+    model.config["teacher"] = teacher.facts                     # for encoder.pt
     return DistilledMAE(model, teacher, cfg.distill_weight, decoupled), teacher
 
 

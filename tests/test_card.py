@@ -45,7 +45,7 @@ def test_the_run_is_in_the_card(tmp_path, to):
     assert found["Last row of the log"] == dict(step="3900", knn="38.9")
     assert "0.07 million parameters, 2 layers, width 48, heads 12, patches of 8" in found["Network"]["network"]
     assert "less the mean (0.1, 0.2, 0.3)" in found["Network"]["input"] and digest(path) in found["Network"]["file"]
-    assert "the mean of the patches is the better one" in found["Network"]["feature"]
+    assert "probes of this method read the mean of the patches" in found["Network"]["feature"]
     assert str(tmp_path) not in text and "Teacher" not in found
     front = text.split("---\n")[1].splitlines()
     libraries = dict(hf="transformers", timm="timm", safetensors="pytorch")

@@ -14,9 +14,9 @@ from test_runs import TINY, finish, rows, same_state, start_and_kill, steps
 
 import distill
 from distill import TokenStudent, TokenTeacher, relation_error
-from nets.timm_vit import cached_file, load_timm_vit, save_random_timm_vit
 from vit import ViT
-from weights import load_encoder
+from weights import load_encoder, read
+from weights.timm_vit import cached_file, load_timm_vit, save_random_timm_vit
 
 timm = pytest.importorskip("timm", reason="the teachers are timm's networks")
 
@@ -272,7 +272,8 @@ def refused(call, *arguments):
 
 
 def test_mistaken_command_lines():
-    words = {("--teacher", "timm:x", "--distill", "attention"): "give --distill tokens",
+    words = {("--teacher", "timm:x", "--teacher-heads", "3"): "no effect with --teacher timm:NAME",
+             ("--teacher", "timm:x", "--distill", "attention"): "give --distill tokens",
              ("--teacher", "x", "--teacher-file", "y"): "no effect without --teacher timm:NAME",
              ("--teacher", "x", "--patch-loss", "both"): "no effect without --distill tokens",
              ("--teacher", "timm:x", "--mask-ratio", "0.5"): "leave them out",
@@ -300,19 +301,75 @@ def test_mistaken_teachers(files, tmp_path, monkeypatch):
     def words(name, file, mean=MEAN, std=STD, grid=(3, 3)):
         return refused(TokenTeacher, f"timm:{name}", file, None, grid, make_run(mean, std))
 
-    dinov3, absent = files(SMALL), str(tmp_path / "absent.pth")
+    def saved(name, content):
+        torch.save(content, tmp_path / name)
+        return str(tmp_path / name)
+
+    dinov3, small = files(SMALL), files("vit_small_patch14_reg4_dinov2")
     assert "nearest names are vit_small_patch14_dinov2" in words("vit_smal_patch14_dinov2", dinov3)
-    assert "does not exist" in words(SMALL, absent)
-    assert "does not fit timm's vit_small_patch16_dinov3_qkvb" in words("vit_small_patch16_dinov3_qkvb", dinov3)
-    assert "is no plain ViT" in words("resnet18", dinov3) and "is no plain ViT" in words("hiera_tiny_224", dinov3)
-    torch.save(timm.create_model("vit_small_r26_s32_224", num_classes=0).state_dict(), tmp_path / "hybrid.pth")
-    assert "cannot see the grid" in words("vit_small_r26_s32_224", str(tmp_path / "hybrid.pth"))
-    grey = words(SMALL, dinov3, (0.5,), (0.25,))
-    assert "sees images of 3 channels, the student of 1: --in-chans 3 is expected" in grey
-    (tmp_path / "cut.pth").write_bytes(Path(dinov3).read_bytes()[:100_000])
-    assert "does not fit" in words(SMALL, str(tmp_path / "cut.pth"))
+    assert "no model called ''" in words("", dinov3) and "has all names" in words("XYZ", dinov3)
+    assert "no weights called vit_small_patch14_dinov2.x: of vit_small_patch14_dinov2 it knows" in words(
+        "vit_small_patch14_dinov2.x", small)
+    assert "does not exist" in words(SMALL, str(tmp_path / "absent.pth"))
+    assert "does not fit timm's vit_base_patch16_dinov3: " in words("vit_base_patch16_dinov3", dinov3)
+    for name in ("resnet18", "hiera_tiny_224", "beit_base_patch16_224"):
+        assert "is no plain ViT" in words(name, dinov3)
+    for name, text in (("swin_tiny_patch4_window7_224", "gives no patch tokens"),
+                       ("vit_small_r26_s32_224", "cannot see the grid")):
+        assert text in words(name, saved("other.pth", timm.create_model(name, num_classes=0).state_dict()))
+    assert "sees images of 3 channels, the student of 1: --in-chans 3" in words(SMALL, dinov3, (0.5,), (0.25,))
+    state = torch.load(dinov3)
+    assert "NaN or infinite weights in norm.weight" in words(SMALL, saved("nan.pth", state | {
+        "norm.weight": state["norm.weight"] / 0}))
+    assert "holds no weights by name" in words(SMALL, saved("list.pth", [1, 2]))
+    assert "holds no weights by name" in words(SMALL, f"{dinov3}:other")
+    assert "has patches of 14 pixels, and timm's vit_small_patch16_224 of 16" in words("vit_small_patch16_224", saved(
+        "14.pth", torch.load(files("vit_small_patch14_dinov2"))))
+    damaged = bytearray(Path(dinov3).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "damaged.pth").write_bytes(damaged)
+    assert "is damaged" in words(SMALL, str(tmp_path / "damaged.pth"))
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "needs the package timm: pip install" in words(SMALL, dinov3)
+
+
+def test_biases_without_a_place(files, tmp_path, capfd):
+    """timm's DINOv3 without _qkvb drops them, and only prints a line for each block."""
+    state = official(SMALL, torch.load(files(SMALL)))
+    path = str(tmp_path / "official.pth")
+    torch.save(state, path)
+    plain = SMALL.removesuffix("_qkvb")
+    if not timm.is_model(plain):
+        pytest.skip(f"this timm has no {plain}")
+    torch.save(state | {"blocks.0.attn.qkv.bias": torch.ones(576)}, path)
+    with pytest.raises(ValueError, match="biases of queries and values.*_qkvb"):
+        load_timm_vit(plain, path)
+    assert "q_bias" not in capfd.readouterr().out
+
+
+def test_a_name_with_weights_of_several_licences(files, capsys):
+    load_timm_vit("vit_base_patch16_224", files("vit_base_patch16_224"))
+    said = capsys.readouterr().out
+    assert "is taken as vit_base_patch16_224.augreg2_in21k_ft_in1k" in said and "vit_base_patch16_224.mae" in said
+    found = load_timm_vit("vit_base_patch16_224.mae", files("vit_base_patch16_224"))
+    assert found.mean == MEAN and found.licence == "cc-by-nc-4.0" and "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["teacher", "model", "net", None])
+def test_where_the_weights_are(files, tmp_path, place):
+    """Under a key, behind the prefixes of DistributedDataParallel and of torch.compile, in a folder."""
+    state = torch.load(files(SMALL))
+    behind = {f"module._orig_mod.backbone.{name}": t for name, t in state.items()}
+    path = tmp_path / "x.pth"
+    torch.save({place: behind, "epoch": 3} if place else behind, path)
+    found = load_timm_vit(SMALL, str(path)).network.state_dict()
+    assert all(torch.equal(t, found[name]) for name, t in state.items())
+    if place == "net":
+        safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+        (tmp_path / "folder").mkdir()
+        safetensors.save_file(state, tmp_path / "folder" / "model.safetensors")
+        teacher = TokenTeacher(f"timm:{SMALL}", str(tmp_path / "folder"), None, (2, 2), make_run())
+        assert torch.equal(teacher.vit.network.norm.weight, state["norm.weight"])
 
 
 @pytest.mark.parametrize("change, words", [("missing", "lacks 1 tensors"), ("more", "holds blocks.0.more, which")])
@@ -334,9 +391,9 @@ def test_no_weight_is_missing_or_left_over(files, tmp_path, change, words):
 
 def test_the_registers_of_another_network(files):
     """DINOv2 without registers is not what a file with registers holds, and the other way round."""
-    with pytest.raises(ValueError, match="reg4|does not fit"):
+    with pytest.raises(ValueError, match="dinov2.pth (holds|does not fit) .*reg_token|dinov2.pth does not fit"):
         load_timm_vit("vit_small_patch14_dinov2", files("vit_small_patch14_reg4_dinov2"))
-    with pytest.raises(ValueError, match="lacks|does not fit"):
+    with pytest.raises(ValueError, match="dinov2.pth (lacks|does not fit)"):
         load_timm_vit("vit_small_patch14_reg4_dinov2", files("vit_small_patch14_dinov2"))
 
 
@@ -395,7 +452,11 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, files, tmp_path, world)
     assert load_encoder(str(out / "encoder.pt"), say=str).depth == 4
     said = subprocess.check_output([sys.executable, "-m", "weights", out / "encoder.pt"], text=True, cwd=ROOT)
     assert f"timm:{SMALL}, licence fair-noncommercial-research-license, sha256 {digest}" in said
-    if world == 1:
+    if world == 1:                                              # the teacher is known after fine-tuning, too
+        finish("--data", classes, "--init", out / "encoder.pt", "--epochs", 1, "--batch-size", 8, "--workers", 0,
+               "--out", tmp_path / "tuned", script="finetune.py")
+        for path in (tmp_path / "tuned" / "best.pt", out / "last.pt"):
+            assert read(str(path)).config["teacher"] == facts
         torch.save({k: v + 1 if "norm.weight" in k else v for k, v in torch.load(moved).items()}, moved)
         text = finish(*args, *teacher, "--out", out, script="distill.py", expect=1)
         assert "is not the file that this run began with" in text and "Traceback" not in text
@@ -423,7 +484,7 @@ def test_the_teacher_is_compiled_with_the_student(files):
 @pytest.mark.slow
 def test_the_demo_learns_what_a_random_teacher_says(tmp_path):
     text = finish("--demo", "--out", tmp_path / "demo", script="distill.py")
-    assert "done:" in text and (tmp_path / "demo-teacher.pth").exists()
+    assert "done:" in text and (tmp_path / "demo" / "teacher.pth").exists()
     first, last = ([row for row in rows(tmp_path / "demo") if "loss" in row][i] for i in (0, -1))
     for name in ("cls", "patch"):
         assert first[f"{name}_cos"] < first[f"{name}_cos_chance"] < 0.9 < last[f"{name}_cos"]

@@ -55,12 +55,12 @@ from more.simmim import SimMIM
 from nets.heads import accuracies, knn_counts, sweep
 from nets.hog import hog
 from nets.masks import Masks
-from nets.timm_vit import save_random_timm_vit
 from runtime.options import fail
 from runtime.run import DTYPES, decay_groups, finite_step, launch, setup
 from tools import pack
 from tools.analyze import cka_of, gram, hsic, tokens_of
 from vit import MODELS, SWINS, Swin, ViT
+from weights.timm_vit import save_random_timm_vit
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -10,6 +10,10 @@ from weights.reading import digest, file_and_key, weights_file
 LIBRARIES = dict(hf="transformers", timm="timm", safetensors="pytorch", onnx="onnx")
 UNKNOWN = "not known"
 
+# Options of a run on which its numbers do not depend.
+LEFT_OUT = {"out", "device", "workers", "compile", "resume", "download", "log_every", "save_every", "keep_every",
+            "picture_every", "eval_every", "tensorboard", "wandb", "max_unreadable", "max_skipped", "demo"}
+
 
 def run_of(weights):
     """What is known of the run that wrote a checkpoint: its first row in the log, the options under "config", and its
@@ -59,8 +63,8 @@ def network_facts(weights, model, facts):
         file=f"{where}, sha256 {digest(weights.path)}")
     if not weights.config.get("mean"):
         found["input"] += " (the usual numbers: the file has none)"
-    if facts.get("method") == "mae" and model.pool == "cls" and not c["num_classes"]:
-        found["feature"] += "; the mean of the patches is the better one, as no loss of this method looks at cls"
+    if facts.get("method") in ("mae", "distill") and model.pool == "cls" and not c["num_classes"]:
+        found["feature"] += "; probes of this method read the mean of the patches, which mostly knows more"
     if "final_norm" in facts:
         found["last norm"] = facts["final_norm"]
     return found
@@ -70,7 +74,10 @@ def card(weights, model, facts, to, notes):
     """The text of a card, in Markdown. to: the format; notes: how to open this export, and what is special about it."""
     method, kind, (first, last) = facts.get("method", UNKNOWN), type(model).__name__, run_of(weights)
     stored = weights.config if "epochs" in weights.config else {}           # last.pt has the options of its run
-    options = {k: v for k, v in first.get("config", stored).items() if v is not None and k != "out"}
+    options = {k: v for k, v in first.get("config", stored).items() if v is not None and k not in LEFT_OUT}
+    for name, value in options.items():                         # where files lie is nobody's business
+        if isinstance(value, str) and os.sep in value:
+            options[name] = os.path.basename(os.path.normpath(value))
     task = "image-classification" if model.config["num_classes"] else "image-feature-extraction"
     lines = ["---", f"library_name: {LIBRARIES[to]}", f"pipeline_tag: {task}", "tags:", "- vision", f"- {kind.lower()}"]
     if method != UNKNOWN:

@@ -125,6 +125,11 @@ def foreign_parts(names):
     return " and ".join(f"{words} ({name})" for words, name in dict(reversed(found)).items())
 
 
+def as_teacher(foreign):
+    """What else can be done with a network that has these parts: timm's ViTs may have all but two of them."""
+    return "" if not foreign or "stem" in foreign or "Swin V2" in foreign else AS_TEACHER
+
+
 def join_qkv(state):
     """Put queries, keys and values that are three tensors into one, in place. ValueError when they are others'."""
     keys_have_biases = any(name.endswith(".attn.k.bias") for name in state)

@@ -151,6 +151,8 @@ def config_of(path, file, beside):
         config |= found or {}
     if "readout" in config:                                     # what earlier files call the pool
         config["pool"] = config.pop("readout")
+    if isinstance(file.get("teacher"), dict) and "sha256" in file["teacher"]:               # of a last.pt
+        config["teacher"] = file["teacher"]
     config["method"] = file.get("method")
     for name in naming.STORED:
         expected = naming.wrong_option(name, config.get(name))
@@ -189,13 +191,12 @@ def read(path, key=None):
                  for k, v in state.items() if k.startswith((prefix, f"{outer}head.", f"{outer}head_dense."))}
         foreign = layouts.foreign_parts([name for name in state if naming.ENCODER.match(name)])
         if foreign:
-            refuse(path, f"has {foreign}, which the network here has no place for{layouts.AS_TEACHER}")
+            refuse(path, f"has {foreign}, which the network here has no place for{layouts.as_teacher(foreign)}")
         layout = (f"under {places[0]!r}" if places else "a bare state dict") + (prefix and f", behind {prefix!r}")
         weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
         for part in () if is_swin(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
             if not any(k.startswith(part.split()[0]) for k in state):
-                refuse(path, f"is no plain vision transformer and no Swin: it has no {part}, but {summary(state)}"
-                             f"{layouts.AS_TEACHER}")
+                refuse(path, f"is no plain vision transformer and no Swin: it has no {part}; it has {summary(state)}")
         state = checked_tensors(path, state)
         layouts.join_qkv(state)
         beside = dict(eps=library and library.eps) | layouts.settings_of(place, state)
@@ -210,7 +211,7 @@ def prefix_of(path, state, key, keys):
     if not found:
         foreign = layouts.foreign_parts(state)
         refuse(path, f"is no network known here: it has {foreign or 'no patch_embed.proj.weight'}, and holds "
-                     f"{', '.join(list(state)[:3])}, ...{layouts.AS_TEACHER if foreign else ''}")
+                     f"{', '.join(list(state)[:3])}, ...{layouts.as_teacher(foreign)}")
     fitting = [prefix for prefix in found if not key or f".{key}." in f".{prefix}"]
     if not fitting:
         refuse(path, f"has nothing called {key!r}: its keys are {keys}")

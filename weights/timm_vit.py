@@ -2,18 +2,21 @@
 A frozen ViT of timm as a teacher: the architecture by timm's name, the weights from a local official file.
 
 timm renames the tensors of an official file (DINOv2's, DINOv3's, EUPE's, CLIP's) only if create_model is called with
-pretrained=True, and a `file` in its configuration keeps it from downloading another. Its checkpoint_path= renames none.
+pretrained=True, and a state dict in its configuration keeps it from downloading one. Its checkpoint_path= renames none.
+What does not fit ends in a ValueError, or in load_file's SystemExit.
 """
+import contextlib
 import difflib
+import io
 import os
 import re
 from collections import namedtuple
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from nets.naming import ENCODER
+from weights.reading import OUTER, file_and_key, load_file, weights_file
 
 # tokens: normalised images (B, in_chans, h, w) of any size that patches tile -> (B, prefix + N, width), after the last
 # norm; prefix: the number of cls and register tokens, which come first; mean, std: what its images are normalised with
@@ -30,12 +33,23 @@ def import_timm():
 
 
 def entry_of(name):
-    """timm's default configuration of an architecture. ValueError for a name that it does not have."""
+    """timm's configuration of NAME or NAME.TAG. Warns where a name alone has weights of several licences, means or
+    stds. ValueError for a name that timm does not have."""
     timm = import_timm()
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), 3, 0.5)
-        raise ValueError(f"timm {timm.__version__} has no model called {name}: the nearest names are {', '.join(near)}")
-    return timm.get_pretrained_cfg(name)
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture.lower(), timm.list_models(), 3, 0.5)
+        known = f"the nearest names are {', '.join(near)}" if near else "timm.list_models() has all names"
+        raise ValueError(f"timm {timm.__version__} has no model called {architecture!r}: {known}")
+    entries = {other: timm.get_pretrained_cfg(other) for other in timm.list_pretrained(f"{architecture}.*")}
+    if tag and name not in entries:
+        raise ValueError(f"timm {timm.__version__} has no weights called {name}: of {architecture} it knows "
+                         f"{', '.join(entries) or 'none'}")
+    entry = timm.get_pretrained_cfg(name)
+    if not tag and len({(e.license, e.mean, e.std) for e in entries.values()}) > 1:
+        print(f"warning: {name} is taken as {name}.{entry.tag}, with its licence, mean and std; if the file is another "
+              f"one's, give --teacher timm:NAME with its full name: {', '.join(entries)}")
+    return entry
 
 
 def cached_file(name):
@@ -66,12 +80,12 @@ def save_random_timm_vit(name, path):
     for key in state:
         if re.search(r"(\.gamma_[12]|\.ls[12]\.gamma)$", key):
             state[key].fill_(1.0)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     torch.save(state, f"{path}.{os.getpid()}.tmp")              # every process writes the same
     os.replace(f"{path}.{os.getpid()}.tmp", path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def recorded_loads():
     """Within it, what each load_state_dict found missing and unexpected is kept in a list. timm only logs it."""
     found, load = [], nn.Module.load_state_dict
@@ -87,37 +101,71 @@ def recorded_loads():
         nn.Module.load_state_dict = load
 
 
-def load_timm_vit(name, file, grid=(2, 2)):
-    """timm's model `name` with the weights in `file`, official or timm's own -> FrozenViT, in fp32 on the CPU.
+def official_state(path):
+    """The tensors in FILE, FILE:KEY or FOLDER, without prefixes such as "module.backbone."."""
+    file, key = file_and_key(path)
+    content = load_file(weights_file(file))
+    places = (key, "model", "state_dict", "teacher", "student", "net") if isinstance(content, dict) else ()
+    place = next((place for place in places if isinstance(content.get(place), dict)), None)
+    state = content[place] if place else content
+    state = {name: t for name, t in state.items() if torch.is_tensor(t)} if isinstance(state, dict) else {}
+    if not state or key and place != key:
+        raise ValueError(f"{path} holds no weights by name: a file with the official ones is expected")
+    bad = [name for name, t in state.items() if t.is_floating_point() and not t.float().isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds NaN or infinite weights in {bad[0]}: the file is damaged, or its run diverged")
+    found = [name.removesuffix("patch_embed.proj.weight") for name in state if name.endswith("patch_embed.proj.weight")]
+    usual = [prefix for prefix in found if set(prefix.split(".")[:-1]) <= OUTER]
+    prefix = usual[0] if usual else ""
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def load_timm_vit(name, path, grid=(2, 2)):
+    """timm's model `name` with the weights in `path`, official or timm's own -> FrozenViT, in fp32 on the CPU.
 
     grid: (h, w), the patches of an image that it will see. ValueError for a name, file or network that does not fit.
     """
-    entry, timm = entry_of(name), import_timm()
-    if not os.path.isfile(file):
-        raise ValueError(f"--teacher-file {file} does not exist: the official weights of {name} are expected there")
-    # .npz is Google's own layout, which the network reads itself; other files are renamed and then loaded.
-    source = dict(file=file, custom_load=file.endswith(".npz"))
+    entry, timm, state = entry_of(name), import_timm(), {}
+    if path.endswith(".npz"):                                   # Google's own layout, which the network reads itself
+        source = dict(file=path, custom_load=True)
+    else:
+        state = official_state(path)
+        source = dict(state_dict=dict(state), custom_load=False)
     try:
-        with recorded_loads() as loads:
+        with recorded_loads() as loads, contextlib.redirect_stdout(io.StringIO()):
             network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0,
                                         dynamic_img_size=True)
-    except Exception as error:                                  # timm, torch and safetensors raise many kinds
+    except Exception as error:                                  # timm and torch raise many kinds
         if "dynamic_img_size" in str(error):                    # a network that does not know this option
             raise ValueError(f"timm's {name} is no plain ViT with patch tokens for images of any size, which --distill "
                              "tokens needs: give one, such as vit_small_patch14_reg4_dinov2") from None
-        raise ValueError(f"{file} does not fit timm's {name}: {first_words(error)}") from None
-    for found in loads:
-        check_names(name, file, found)
+        raise ValueError(f"{path} does not fit timm's {name}: {first_words(error)}") from None
+    network.pretrained_cfg.pop("state_dict", None)              # else it would keep the weights twice
     check_tokens(name, network.eval(), grid)
-    has_cls = getattr(network, "cls_token", None) is not None
-    return FrozenViT(network, network.forward_features, network.num_prefix_tokens, has_cls,
-                     network.patch_embed.patch_size[0], network.num_features, 3, tuple(entry.mean), tuple(entry.std),
-                     entry.license)
+    check_silent_changes(name, path, network, state)
+    for found in loads:
+        check_names(name, path, found)
+    return FrozenViT(network, network.forward_features, network.num_prefix_tokens,
+                     getattr(network, "cls_token", None) is not None, network.patch_embed.patch_size[0],
+                     network.num_features, 3, tuple(entry.mean), tuple(entry.std), entry.license)
+
+
+def check_silent_changes(name, path, network, state):
+    """Refuse what timm's reading changes without a word: it resizes patches, and drops biases without a place."""
+    weight, side = state.get("patch_embed.proj.weight"), network.patch_embed.patch_size[0]
+    if weight is not None and weight.dim() == 4 and weight.shape[-1] != side:
+        raise ValueError(f"{path} has patches of {weight.shape[-1]} pixels, and timm's {name} of {side}: give the name "
+                         "of that network")
+    bias, attention = state.get("blocks.0.attn.qkv.bias"), network.blocks[0].attn.state_dict()
+    if bias is not None and bias.any() and not attention.keys() & {"qkv.bias", "q_bias"}:
+        raise ValueError(f"{path} has biases of queries and values, for which timm's {name} has no place: give the "
+                         "name with _qkvb")
 
 
 def first_words(error):
-    """The first two lines of an error, shortened: torch lists each tensor that does not fit."""
-    return re.sub(r"\s+", " ", " ".join(str(error).splitlines()[:2]))[:200] or type(error).__name__
+    """The first lines of an error, shortened: torch lists each tensor that does not fit."""
+    text = re.sub(r"\s+", " ", " ".join(str(error).splitlines()[:2])) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:160].rsplit(' ', 1)[0]} ..."
 
 
 def check_names(name, file, found):
@@ -134,14 +182,11 @@ def check_names(name, file, found):
 @torch.no_grad()
 def check_tokens(name, network, grid):
     """Run a network once -> a ValueError unless it gives one token for each patch of the grid (h, w)."""
-    patch = getattr(getattr(network, "patch_embed", None), "patch_size", (0, 0))
-    wanted = f"its prefix tokens and {grid[0]} x {grid[1]} patch tokens"
-    try:
-        tokens = network.forward_features(torch.zeros(1, 3, grid[0] * patch[0], grid[1] * patch[1]))
-        count = network.num_prefix_tokens + grid[0] * grid[1]
-        fits = patch[0] == patch[1] and tokens.dim() == 3 and tokens.shape[1] == count
-        wanted += f", not {tuple(tokens.shape)}"
-    except Exception as error:
-        fits, wanted = False, f"{wanted} ({first_words(error)})"
-    if not fits:
-        raise ValueError(f"timm's {name} cannot see the grid of the student's patches: expected were {wanted}")
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if not hasattr(network, "num_prefix_tokens") or patch is None or patch[0] != patch[1]:
+        raise ValueError(f"timm's {name} gives no patch tokens as a plain ViT does, which --distill tokens needs")
+    tokens = network.forward_features(torch.zeros(1, 3, grid[0] * patch[0], grid[1] * patch[0]))
+    count = network.num_prefix_tokens + grid[0] * grid[1]
+    if tokens.dim() != 3 or tokens.shape[1] != count:
+        raise ValueError(f"timm's {name} cannot see the grid of the student's patches: {count} tokens of {grid[0]} x "
+                         f"{grid[1]} patches and a prefix were expected, and it gives {tuple(tokens.shape)}")
