@@ -1,0 +1,295 @@
+"""
+Where images with masks are, for segmentation. --data may be
+
+ADEChallengeData2016/   images/training, annotations/training and the same of validation; also as the name ade20k
+camvid/                 train/ and trainannot/, val/ and valannot/, test/ and testannot/
+any/    any.tar         images/ and annotations/ with files of equal names, each with train/ and val/ in it or in
+                        folders train/ and val/; and classes.txt, a line for each class: its name, and R G B for colour masks
+voc   cityscapes        sets of torchvision, under $DATASETS or ./data
+shapes                  drawn shapes
+
+A line of classes.txt called "ignore" stands for pixels that do not count. In index masks (grey or palette PNG) number n
+means line n, from 0; 255 does not count either. Masks come out as uint8 (h, w) with classes from 0 without gaps.
+"""
+import io
+import os
+import tarfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import decode
+from images.datasets import Folder, Tar, left_out, subset
+from images.shapes import Scenes
+from images.tars import note
+
+IGNORED = 255
+SPLITS = dict(train=("training", "train"), val=("validation", "val", "valid"), test=("testing", "test"))
+CAMVID = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
+          "ignore"]
+VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+       "pottedplant sheep sofa train tvmonitor").split()
+NAMED = dict(ade20k="ADEChallengeData2016", voc="VOC 2012", cityscapes="Cityscapes", shapes="drawn")
+
+
+class MaskError(ValueError):
+    """A mask that cannot mean what was said about it: the run ends, because others are likely to be alike."""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Classes, and what a mask says about them
+
+
+class Classes:
+    """What masks mean. lines: (name, (R, G, B) or None) in the order of index masks; "ignore" is no class.
+
+    names: of the classes; numbers (256,): what an index means, IGNORED or -1 for one that there is not.
+    """
+
+    def __init__(self, lines):
+        kept = [(name, colour) for name, colour in lines if name != "ignore"]
+        self.names, self.colours = [name for name, _ in kept], [colour for _, colour in kept]
+        self.numbers, count = np.full(256, -1), 0
+        self.numbers[IGNORED] = IGNORED
+        self.by_colour = {}                                     # R * 65536 + G * 256 + B -> class
+        for index, (name, colour) in enumerate(lines):
+            self.numbers[index] = IGNORED if name == "ignore" else count
+            if colour:
+                self.by_colour[colour[0] << 16 | colour[1] << 8 | colour[2]] = self.numbers[index]
+            count += name != "ignore"
+
+    def read(self, data, name):
+        """The bytes of a mask's file -> classes, uint8 (h, w). MaskError for what is no class."""
+        img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        if img.mode in ("P", "L", "1", "I", "I;16"):
+            return self.of_indices(np.array(img), name)
+        if not self.by_colour:
+            raise MaskError(f"{name} has colours ({img.mode}), and an index mask was expected, grey or palette, whose "
+                            "numbers are classes: save it as one, or give the colours in classes.txt, as `road 128 64 128`")
+        pixels = np.array(img.convert("RGB")).astype(np.int64)
+        packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]                    # (h, w)
+        colours = np.array(sorted(self.by_colour))
+        place = np.searchsorted(colours, packed).clip(max=len(colours) - 1)
+        strange = colours[place] != packed
+        if strange.any():
+            first = packed[strange][0]
+            raise MaskError(f"{name} has pixels of colour {first >> 16} {first >> 8 & 255} {first & 255}, which no class in "
+                            "classes.txt has: add a line for it (called ignore, if it does not count)")
+        return np.array([self.by_colour[colour] for colour in colours], np.uint8)[place]
+
+    def of_indices(self, indices, name):
+        """Numbers (h, w) as they lie in a file -> classes, uint8 (h, w)."""
+        found = np.where((indices >= 0) & (indices < 256), self.numbers[indices.clip(0, 255)], -1)
+        if (found < 0).any():
+            raise MaskError(f"{name} has the label {indices[found < 0][0]}, and there are {len(self.names)} classes, the last "
+                            f"one {self.names[-1]}: add a line to classes.txt (called ignore, if it does not count)")
+        return found.astype(np.uint8)
+
+
+def read_lines(text, where):
+    """The text of a classes.txt -> (name, colour or None) of each line. A line that is neither ends in a sentence."""
+    lines = []
+    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+        words = line.replace(",", " ").split()
+        tail = [word for word in words[-3:] if word.isdecimal() and int(word) < 256]
+        colour = tuple(map(int, tail)) if len(words) > 3 and len(tail) == 3 else None
+        lines.append((" ".join(words[:-3] if colour else words), colour))
+    coloured = sum(colour is not None for _, colour in lines)
+    names = [name for name, _ in lines if name != "ignore"]
+    if not names or coloured not in (0, len(lines)) or len(set(names)) < len(names) or len(lines) > 255:
+        raise SystemExit(f"{where} has {len(lines)} lines, {coloured} of them with a colour: at most 255 were expected, each "
+                         "with another name, and all with R G B or none")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+class Listed(Folder):
+    """Files of a folder that a list names."""
+
+    def __init__(self, root, paths):
+        self.root = self.where = root
+        self.images = np.array([os.fsencode(os.path.relpath(path, root)) for path in paths], dtype=bytes)
+        self.skipped = Counter()
+
+
+class Pairs:
+    """Images with masks: a source as in images/datasets.py, and mask(i). files: a Folder or Tar; rows: for each image its
+    name and number there, and those of its mask (or "", -1, for pictures to predict)."""
+    labels, value_range = None, None
+
+    def __init__(self, files, rows, lines, where):
+        self.files, self.where, self.skipped, self.meaning = files, where, Counter(), Classes(lines)
+        self.classes, self.colours = self.meaning.names, self.meaning.colours
+        longest = max(len(os.fsencode(name)) for row in rows for name in row[:2])
+        kind = [("name", f"S{longest}"), ("mask", f"S{longest}"), ("at", "<i8"), ("mask_at", "<i8")]
+        self.images = np.array([(os.fsencode(a), os.fsencode(b), i, j) for a, b, i, j in rows], kind)
+
+    def __len__(self):
+        return len(self.images)
+    def relative(self, i):
+        return os.fsdecode(self.images["name"][i])
+    def name(self, i):
+        return self.files.name(self.images["at"][i])
+    def read(self, i):
+        return self.files.read(self.images["at"][i])
+
+    def mask(self, i):
+        """The classes of an image's pixels, uint8 (h, w), or None where there is no mask."""
+        at = self.images["mask_at"][i]
+        return None if at < 0 else self.meaning.read(self.files.read(at), self.files.name(at))
+
+
+def read_pair(source, i, channels=3):
+    """Decode number i -> image uint8 (C, h, w), mask uint8 (h, w) or None. MaskError where their sizes differ."""
+    img, mask = decode(source.read(i), channels, source.value_range), source.mask(i)
+    if mask is not None and mask.shape != img.shape[1:]:
+        raise MaskError(f"{source.name(i)} has {img.shape[2]}x{img.shape[1]} pixels and its mask "
+                        f"{mask.shape[1]}x{mask.shape[0]}: masks must have the size of their images")
+    return img, None if mask is None else torch.from_numpy(mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_pairs(data, split="train", download=False):
+    """Open one split of what --data names (see the head of this file), or None if it has none. A source is checked on 16
+    of its pairs; mistakes end in a sentence."""
+    if data == "shapes":
+        return Scenes(split)
+    if data in ("voc", "cityscapes"):
+        source = open_named(data, split, download)
+    else:
+        root = os.environ.get("ADE20K", NAMED["ade20k"]) if data == "ade20k" else data
+        if not os.path.exists(root):
+            raise SystemExit(f"no data: {root} does not exist; give --data a folder or tar with images/ and annotations/, or "
+                             f"one of {', '.join(NAMED)}; or try --demo")
+        source = find_pairs(root, split)
+    if source is not None:
+        check_some(source)
+    return source
+
+
+def places(split):
+    """Yield (folder of the images, folder of the masks) of a split, in all the ways in which sets are laid out."""
+    for name in SPLITS[split]:
+        yield from ((f"images/{name}", f"annotations/{name}"), (f"{name}/images", f"{name}/annotations"),
+                    (name, f"{name}annot"))
+    if split == "train":
+        yield "images", "annotations"
+
+
+def find_pairs(root, split):
+    """The Pairs of a split in a folder or tar, or None if it has none. Without any split there it is no set of masks."""
+    files = Folder(root) if os.path.isdir(root) else Tar(root)
+    names = [files.relative(i) for i in range(len(files))]
+    folders = {os.path.dirname(name) for name in names}
+    tops = {folder.split("/")[0] for folder in folders}
+    outer = f"{tops.pop()}/" if len(tops) == 1 and not any(f.split("/")[0] in ("images", "train") for f in folders) else ""
+    present = {"/".join(parts[:n]) for parts in (f.removeprefix(outer).split("/") for f in folders) for n in (1, 2)}
+    where = next((pair for pair in places(split) if set(pair) <= present), None)
+    if where is None:
+        if any(set(pair) <= present for other in SPLITS for pair in places(other)):
+            return None
+        raise SystemExit(f"{root} has no masks: looked for images/ and annotations/, with or without train/ in them, and for "
+                         f"train/ and trainannot/; it has {', '.join(sorted(present - {''})[:6]) or 'no folders'}")
+    pictures, masks = ({} for _ in where)
+    for i, name in enumerate(names):
+        for found, folder in zip((pictures, masks), where):
+            if name.startswith(f"{outer}{folder}/"):
+                found[os.path.splitext(name.removeprefix(f"{outer}{folder}/"))[0]] = name, i
+    lost = sorted(set(pictures) - set(masks))
+    if lost:
+        raise SystemExit(f"{len(lost)} of {len(pictures)} images under {root} have no mask, first {pictures[lost[0]][0]}: "
+                         f"{outer}{where[1]}/{lost[0]}.png was expected")
+    alone = sorted(set(masks) - set(pictures))
+    if alone:
+        note(f"{len(alone)} masks under {root}/{outer}{where[1]} belong to no image, first {alone[0]}: they are left out")
+    rows = [(pictures[stem][0], masks[stem][0], pictures[stem][1], masks[stem][1]) for stem in sorted(pictures)]
+    return Pairs(files, rows, lines_of(root, outer, where), f"{root}/{outer}{where[0]}")
+
+
+def lines_of(root, outer, where):
+    """What the masks under a root mean: its classes.txt, or what is known of ADE20K and CamVid."""
+    text = read_text(root, f"{outer}classes.txt")
+    if text is not None:
+        return read_lines(text, f"{root}/{outer}classes.txt")
+    if where[0] in ("images/training", "images/validation"):
+        rows = (read_text(root, f"{outer}objectInfo150.txt") or "").splitlines()[1:]
+        names = [row.split("\t")[-1].split(",")[0].strip() for row in rows]
+        names = [name if name not in names[:k] else f"{name} {k + 1}" for k, name in enumerate(names)]
+        return [("ignore", None), *((name, None) for name in (names if len(names) == 150 else map(str, range(1, 151))))]
+    if where[1].endswith("annot"):
+        return [(name, None) for name in CAMVID]
+    raise SystemExit(f"{root} has no classes.txt: write the name of a class on each line, in the order of the masks' numbers, "
+                     "or with R G B after each name if masks are coloured")
+
+
+def read_text(root, name):
+    """A text file in a folder or tar, or None."""
+    if os.path.isdir(root):
+        path = Path(root, name)
+        return path.read_text() if path.is_file() else None
+    with tarfile.open(root) as archive, suppress(KeyError):
+        member = next((m for m in archive if m.isreg() and os.path.normpath(m.name).endswith(name)), None)
+        return archive.extractfile(member).read().decode() if member else None
+
+
+def open_named(data, split, download):
+    """Pascal VOC 2012 or Cityscapes by torchvision's lists."""
+    from torchvision import datasets as d  # here, because it takes a while to import
+    root = os.environ.get("DATASETS", "data")
+    try:
+        if data == "voc":
+            found = d.VOCSegmentation(root, image_set=split, download=download)
+            images, masks, lines = found.images, found.masks, [(name, None) for name in VOC]
+        else:
+            found = d.Cityscapes(os.path.join(root, "cityscapes"), split, target_type="semantic")
+            images, masks = found.images, [target[0] for target in found.targets]
+            lines = [("ignore" if c.ignore_in_eval else c.name, None) for c in found.classes if c.id >= 0]
+    except (RuntimeError, OSError, ValueError) as error:
+        raise SystemExit(f"{data} is not whole under {root} ({str(error).splitlines()[0]}): set DATASETS to where it is"
+                         f"{', or give --download' if data == 'voc' else ''}") from None
+    files = Listed(root, [*images, *masks])
+    names, n = [files.relative(i) for i in range(2 * len(images))], len(images)
+    return Pairs(files, [(names[i], names[n + i], i, n + i) for i in range(n)], lines, f"{root} ({data}, {split})")
+
+
+def open_pictures(data, like):
+    """Images to predict, with or without masks, as a source with the classes of `like`, (names, colours)."""
+    files = Folder(data) if os.path.isdir(data) else Tar(data)
+    if not len(files):
+        raise SystemExit(f"no image found under {files.where}{left_out(files.skipped)}")
+    return Pairs(files, [(files.relative(i), "", i, -1) for i in range(len(files))], list(zip(*like)), files.where)
+
+
+def check_some(source, most=16):
+    """Read a few pairs of a source: mistakes that all masks share end in a sentence before anything is trained."""
+    labelled = 0
+    for i in np.linspace(0, len(source) - 1, min(most, len(source)), dtype=int):
+        try:
+            labelled += int((read_pair(source, int(i))[1] != IGNORED).sum())
+        except MaskError as error:
+            raise SystemExit(str(error)) from None
+        except Exception:                                       # a damaged file: counted and named when it is its turn
+            continue
+    if not labelled:
+        raise SystemExit(f"all pixels of the masks under {source.where} are ignored: their numbers are not those of the classes "
+                         f"{', '.join(source.classes[:4])}, ...")
+
+
+def train_and_val_pairs(data, fraction=1.0, seed=0, download=False):
+    """Open --data -> the pairs to train on, a `fraction` of them, and those to evaluate on, or None."""
+    train, val = open_pairs(data, "train", download), open_pairs(data, "val", download)
+    if train is None:
+        raise SystemExit(f"{data} has no images to train on: images/train and annotations/train were looked for")
+    if val is not None and val.classes != train.classes:
+        raise SystemExit(f"{val.where} has other classes than {train.where}: one classes.txt is meant for both")
+    return train if fraction == 1 else subset(train, fraction, seed), val
