@@ -25,7 +25,7 @@ from PIL import Image
 from data import decode
 from images.datasets import Folder, Tar, left_out, subset
 from images.shapes import Scenes
-from images.tars import note
+from images.tars import locked, note
 
 IGNORED = 255
 SPLITS = dict(train=("training", "train"), val=("validation", "val", "valid"), test=("testing", "test"))
@@ -34,6 +34,10 @@ CAMVID = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
        "pottedplant sheep sofa train tvmonitor").split()
 NAMED = dict(ade20k="ADEChallengeData2016", voc="VOC 2012", cityscapes="Cityscapes", shapes="drawn")
+
+
+class NoMasks(SystemExit):
+    """A folder or tar without masks. The message says where they were looked for."""
 
 
 class MaskError(ValueError):
@@ -198,7 +202,7 @@ def find_pairs(root, split):
     if where is None:
         if any(set(pair) <= present for other in SPLITS for pair in places(other)):
             return None
-        raise SystemExit(f"{root} has no masks: looked for images/ and annotations/, with or without train/ in them, and for "
+        raise NoMasks(f"{root} has no masks: looked for images/ and annotations/, with or without train/ in them, and for "
                          f"train/ and trainannot/; it has {', '.join(sorted(present - {''})[:6]) or 'no folders'}")
     pictures, masks = ({} for _ in where)
     for i, name in enumerate(names):
@@ -247,8 +251,11 @@ def open_named(data, split, download):
     from torchvision import datasets as d  # here, because it takes a while to import
     root = os.environ.get("DATASETS", "data")
     try:
+        if download:
+            os.makedirs(root, exist_ok=True)
         if data == "voc":
-            found = d.VOCSegmentation(root, image_set=split, download=download)
+            with locked(root):                                  # one of several processes downloads
+                found = d.VOCSegmentation(root, image_set=split, download=download)
             images, masks, lines = found.images, found.masks, [(name, None) for name in VOC]
         else:
             found = d.Cityscapes(os.path.join(root, "cityscapes"), split, target_type="semantic")
@@ -262,12 +269,22 @@ def open_named(data, split, download):
     return Pairs(files, [(names[i], names[n + i], i, n + i) for i in range(n)], lines, f"{root} ({data}, {split})")
 
 
-def open_pictures(data, like):
-    """Images to predict, with or without masks, as a source with the classes of `like`, (names, colours)."""
+def open_to_predict(data, split, download, names, colours):
+    """A split of what --data names, with the classes of a file; of a folder or tar without masks all images."""
+    try:
+        source = open_pairs(data, split, download)
+        if source is None:
+            raise SystemExit(f"{data} has no images of {split}: --split train, val or test names a part that it has")
+        if source.classes != names:
+            raise SystemExit(f"{source.where} has the classes {', '.join(source.classes)[:60]} ({len(source.classes)}), and the "
+                             f"network tells apart {', '.join(names)[:60]} ({len(names)})")
+        return source
+    except NoMasks:
+        pass
     files = Folder(data) if os.path.isdir(data) else Tar(data)
     if not len(files):
         raise SystemExit(f"no image found under {files.where}{left_out(files.skipped)}")
-    return Pairs(files, [(files.relative(i), "", i, -1) for i in range(len(files))], list(zip(*like)), files.where)
+    return Pairs(files, [(files.relative(i), "", i, -1) for i in range(len(files))], list(zip(names, colours)), files.where)
 
 
 def check_some(source, most=16):

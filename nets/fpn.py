@@ -5,8 +5,6 @@ Shapes: B images, N tokens, D width, K classes, (h, w) the size of a map. A map 
 Names of parameters are those of mmsegmentation's EncoderDecoder, so `neck` and `decode_head` exchange weights with it.
 Semantic-FPN is https://arxiv.org/abs/1901.02446, section 4.1; the neck of a ViT is MAE-Lite's.
 """
-import math
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -167,35 +165,3 @@ class LinearHead(nn.Module):
 
     def forward(self, maps):
         return self.conv_seg(self.bn(maps[-1]))
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Sliding windows: images of any size by a network for one size
-
-
-def window_starts(length, window, stride):
-    """Where windows begin along a side: every `stride` pixels, the last one pulled back to end at the border."""
-    count = math.ceil(max(length - window, 0) / stride) + 1
-    return [max(0, min(i * stride, length - window)) for i in range(count)]
-
-
-def slide(logits_of, img, window, stride, batch=8):
-    """Logits of one image (1, C, H, W) by windows, averaged where these overlap -> (1, K, H, W), in fp32.
-
-    logits_of: images (b, C, *window) -> (b, K, *window). An image smaller than a window is padded with zeros on the right
-    and below. Windows go through the network `batch` at a time, because one alone does not fill it.
-    """
-    height, width = img.shape[-2:]
-    img = F.pad(img, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
-    places = [(y, x) for y in window_starts(img.shape[2], window[0], stride[0])
-              for x in window_starts(img.shape[3], window[1], stride[1])]
-    total, count = 0, img.new_zeros(img.shape[-2:])                                             # (H, W)
-    for first in range(0, len(places), batch):
-        part = places[first:first + batch]
-        found = logits_of(torch.cat([img[..., y:y + window[0], x:x + window[1]] for y, x in part])).float()
-        if first == 0:
-            total = found.new_zeros(1, found.shape[1], *img.shape[-2:])                         # (1, K, H, W)
-        for logits, (y, x) in zip(found, part):
-            total[0, :, y:y + window[0], x:x + window[1]] += logits
-            count[y:y + window[0], x:x + window[1]] += 1
-    return (total / count)[..., :height, :width]
