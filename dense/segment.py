@@ -25,7 +25,8 @@ from torch import nn
 from images.augment import normalize
 from images.datasets import look_over
 from images.mask_crops import MaskCrops
-from images.masks import IGNORED, open_to_predict, train_and_val_pairs
+from images.mask_classes import IGNORED
+from images.masks import open_to_predict, train_and_val_pairs
 from nets.beit import resize_relative_geometric
 from nets.fpn import FPNHead, LinearHead, Neck, StageNorms, default_taps, last_map, tapped_maps
 from nets.heads import pixel_scores
@@ -196,6 +197,8 @@ def resolve(argv=None):
         return options.check(options.fill(cfg, given, {k: v for k, v in known.items() if k == "data"}), given)
     if cfg.decode != "workers":
         fail("--decode device knows nothing of masks: leave it out")
+    if len(cfg.ratios) != 2:
+        fail(f"--ratios wants two numbers, the least and the greatest, not {len(cfg.ratios)}")
     if cfg.init:
         decided = given & {"model", "patch_size", "in_chans", "window"}
         if decided:
@@ -222,6 +225,8 @@ def in_epochs(cfg, images):
     per_epoch = max(1, images // cfg.batch_size)
     epochs = cfg.steps / per_epoch if cfg.epochs is None else cfg.epochs
     usual = cfg.warmup_steps / per_epoch if cfg.epochs is None else epochs / 10
+    if cfg.epochs is None and cfg.warmup_steps >= cfg.steps:
+        fail(f"--steps {cfg.steps} must be more than --warmup-steps {cfg.warmup_steps}")
     return replace(cfg, epochs=epochs, warmup_epochs=usual if cfg.warmup_epochs is None else cfg.warmup_epochs)
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from data import RandomCrops, shared, uniforms
-from images.masks import IGNORED, MaskError, read_pair
+from images.mask_classes import IGNORED, MaskError
+from images.masks import read_pair
 
 LONG = 4                                                        # the longer side is at most this often the shorter one
 

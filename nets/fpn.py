@@ -10,14 +10,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 
 from vit import Swin
 
 
+class MeanOverRanks(torch.autograd.Function):
+    """Tensors (...) of W processes -> their mean, on each; gradients flow back to all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x / dist.get_world_size()
+        dist.all_reduce(x)
+        return x
+
+    backward = staticmethod(lambda ctx, grad: MeanOverRanks.forward(ctx, grad))     # what all processes make of ours
+
+
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm2d over the pixels of all processes, with its names and numbers, in fp32. nn.SyncBatchNorm has no CPU
-    kernel; this needs only a gather, which every backend has. Statistics that are not finite are not kept."""
+    kernel; this needs only sums, which every backend has. Statistics that are not finite are not kept."""
 
     def forward(self, x):                                       # (B, D, h, w)
         x = x.float()                                           # also under autocast
@@ -38,13 +49,11 @@ class BatchNorm(nn.BatchNorm2d):
 
     def normalize_over_ranks(self, x):
         """x (B, D, h, w) of each process -> the same shape, normalised; mean and unbiased variance over all, (D,)."""
-        moments = torch.stack(torch.var_mean(x, (0, 2, 3), correction=0))                       # (2, D)
-        moments = torch.stack(all_gather(moments))                                              # (W, 2, D)
-        # The variance of all pixels is the mean of the processes' variances, plus the variance of their means.
-        mean = moments[:, 1].mean(0)                                                            # (D,)
-        var = moments[:, 0].mean(0) + moments[:, 1].var(0, correction=0)                        # (D,)
-        scale, pixels = self.weight * (var + self.eps).rsqrt(), len(moments) * x.numel() / x.shape[1]
-        out = torch.addcmul(self.bias.view(-1, 1, 1), x - mean.view(-1, 1, 1), scale.view(-1, 1, 1))
+        mean = MeanOverRanks.apply(x.mean((0, 2, 3)))                                           # (D,)
+        x = x - mean.view(-1, 1, 1)
+        var = MeanOverRanks.apply(x.square().mean((0, 2, 3)))                                   # (D,)
+        scale, pixels = self.weight * (var + self.eps).rsqrt(), dist.get_world_size() * x.numel() / x.shape[1]
+        out = torch.addcmul(self.bias.view(-1, 1, 1), x, scale.view(-1, 1, 1))
         return out, mean.detach(), var.detach() * pixels / (pixels - 1)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from data import load
 from images.augment import normalize
 from images.mask_crops import WholePairs
-from images.masks import IGNORED
+from images.mask_classes import IGNORED
 from images.pictures import palette, save_legend, save_mask, save_overlay, save_sheet
 from nets.heads import pixel_areas, pixel_scores
 from runtime.run import print_rank0
