@@ -13,7 +13,6 @@ Preempted:  type the same command again
 Expected:   not run yet on ADE20K; published there are 38.0 to 42.8 mIoU
 """
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -24,10 +23,9 @@ from torch import nn
 
 from images.augment import normalize
 from images.datasets import look_over
-from images.mask_crops import MaskCrops
 from images.mask_classes import IGNORED
+from images.mask_crops import MaskCrops
 from images.masks import open_to_predict, train_and_val_pairs
-from nets.beit import resize_relative_geometric
 from nets.fpn import FPNHead, LinearHead, Neck, StageNorms, default_taps, last_map, tapped_maps
 from nets.heads import pixel_scores
 from nets.naming import build, layer_of
@@ -36,25 +34,28 @@ from runtime.options import NetworkOptions, fail, opt, value_errors_exit
 from runtime.run import Run, launch, print_rank0, setup
 from runtime.windows import Windows, count_pixels, draw_segmentations, print_scores, score_line
 from vit import MODELS, SWINS, Swin, pair
-from weights import encoder_options, load_into, read
-from weights.reading import grid_of, load_file
+from weights import encoder_options, read
+from weights.backbones import build_backbone, load_backbone
+from weights.reading import load_file
 
-# Published, and two of ours. Published weights have relative positions and layer scale: fresh ones start at 0 and 1, so
-# that at first the network is the pre-trained one.
+# Published, and two of ours. Published networks have relative positions and layer scale, which start at 0 and 1, so at
+# first they compute what they did in pre-training. 160k steps give 39.0 mIoU (D2-MAE), 42.8 (fine-tuned before).
 ADE20K = dict(steps=160_000, warmup_steps=1_500, batch_size=16, lr=1e-4, weight_decay=0.05, layer_decay=0.8,
-              drop_path=0.1, dropout=0.1, head="fpn", relative=True, layer_scale=1.0, img_size=(512, 512), short_side=512)
+              drop_path=0.1, relative=True, layer_scale=1.0, head="fpn", dropout=0.1, img_size=(512, 512),
+              short_side=512)
 SMALL = dict(ADE20K, steps=2_000, warmup_steps=100, lr=5e-4, relative=False, layer_scale=0, img_size=(128, 128),
              short_side=0)
-RECIPES = {"ade20k": ADE20K, "small": SMALL,                    # 160k steps: 39.0 mIoU (D2-MAE), 42.8 (fine-tuned first)
-           "frozen": dict(SMALL, steps=1_000, lr=1e-3, weight_decay=1e-4, layer_decay=1, drop_path=0, dropout=0, head="linear")}
-DEMO = dict(data="shapes", model="vit_mini", patch_size=8, img_size=(64, 64), steps=400, warmup_steps=20, batch_size=16, lr=2e-3,
-            layer_decay=1, drop_path=0, workers=1, eval_every=200, log_every=50, ratios=(0.75, 1.5), out="out/segment-demo")
+FROZEN = dict(SMALL, steps=1_000, lr=1e-3, weight_decay=1e-4, layer_decay=1, drop_path=0, head="linear")
+RECIPES = dict(ade20k=ADE20K, small=SMALL, frozen=FROZEN)
+DEMO = dict(data="shapes", model="vit_mini", patch_size=8, img_size=(64, 64), steps=400, batch_size=16, lr=2e-3,
+            layer_decay=1, drop_path=0, channels=64, ratios=(0.75, 1.5), workers=1, eval_every=200, log_every=50,
+            out="out/segment-demo")
 
 
 @dataclass
 class Config(NetworkOptions):
-    data: str = opt("ade20k", "folder or tar with images/ and annotations/, camvid's layout, ade20k, voc, cityscapes, shapes")
-    recipe: str | None = opt(None, "row of the table of recipes in this file (default: ade20k for that set, else small)",
+    data: str = opt("ade20k", "folder or tar of images and masks, or ade20k, voc, cityscapes, shapes (images/masks.py)")
+    recipe: str | None = opt(None, "row of the table in this file (default: ade20k for that set, else small)",
                              choices=RECIPES)
     model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=(*MODELS, *SWINS))
     img_size: tuple[int, ...] | None = opt(None, "pixels of a crop, and of a window in evaluation", least=1)
@@ -70,11 +71,11 @@ class Config(NetworkOptions):
     taps: tuple[int, ...] | None = opt(None, "four blocks of a ViT for --head fpn (default: 4 6 8 12 of 12)", least=1)
     channels: int = opt(128, "width of the FPN head", least=1)
     dropout: float | None = opt(None, "share of the FPN head's channels that are dropped", least=0, most=0.999)
-    short_side: int | None = opt(None, "pixels of the shorter side before crops and windows; 0: the image's own", least=0)
+    short_side: int | None = opt(None, "pixels of the shorter side before crops and windows; 0: as it is", least=0)
     ratios: tuple[float, ...] = opt((0.5, 2.0), "least and greatest random ratio of resizing", above=0)
     photometric: bool = opt(True, "random brightness, contrast, saturation and hue")
     stride: int | None = opt(None, "pixels between windows (default: two thirds of a window, 341 of 512)", least=1)
-    eval_every: int = opt(5_000, "steps between evaluations on val/ and sheets, beside those at the end; 0: only then", 0)
+    eval_every: int = opt(5_000, "steps between evaluations on val/, beside that at the end; 0: only then", 0)
     eval: str | None = opt(None, "only evaluate this best.pt")
     split: str = opt("val", "part of --data to evaluate on", choices=("train", "val", "test"), needs="eval")
     predict: str | None = opt(None, "folder that gets masks, overlays and a legend", needs="eval")
@@ -94,8 +95,9 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone, self.frozen, self.neck = backbone, frozen, None
         self.taps = tuple(taps or default_taps(backbone.depth)) if head == "fpn" else None
-        # encoder.pt and best.pt store these options: the network can be built again from the file alone.
-        self.config = dict(classes=classes, head=head, taps=self.taps, channels=channels, dropout=dropout, frozen=frozen)
+        # best.pt stores these options, and the backbone's: the network can be built again from the file alone.
+        self.config = dict(classes=classes, head=head, taps=self.taps, channels=channels, dropout=dropout,
+                           frozen=frozen)
         if head == "linear":
             self.decode_head = LinearHead(backbone.width, classes)
         elif isinstance(backbone, Swin):
@@ -104,13 +106,13 @@ class Segmenter(nn.Module):
             self.decode_head = FPNHead(widths, classes, channels, dropout)
         else:
             if len(self.taps) != 4 or max(self.taps) > backbone.depth:
-                raise ValueError(f"--taps wants four of the {backbone.depth} blocks, not {' '.join(map(str, self.taps))}")
+                raise ValueError(f"--taps wants four of the {backbone.depth} blocks, not {' '.join(map(str, taps))}")
             self.neck = Neck(backbone.width)
             self.decode_head = FPNHead([backbone.width // 4] * 4, classes, channels, dropout)
         halved = backbone.patch_size * (2 ** (backbone.stages - 1) if isinstance(backbone, Swin) else 2)
         size = backbone.config["img_size"]
         if head == "fpn" and any(side % halved for side in size):
-            raise ValueError(f"--img-size {size[0]} {size[1]} does not fit: for --head fpn both must be multiples of {halved}")
+            raise ValueError(f"--img-size {size[0]} {size[1]} does not fit: --head fpn needs multiples of {halved}")
         for name, p in backbone.named_parameters():             # no map of the FPN head has been through the last norm
             p.requires_grad_(not frozen and (head == "linear" or not name.startswith(("norm.", "fc_norm."))))
 
@@ -128,7 +130,7 @@ class Segmenter(nn.Module):
         return F.interpolate(x, img.shape[-2:], mode="bilinear", align_corners=False)
 
     def forward(self, img, labels):
-        """Images (B, C, h, w), classes of their pixels uint8 (B, h, w) -> loss (), share of pixels that are right ()."""
+        """Images (B, C, h, w), classes of their pixels uint8 (B, h, w) -> loss (), share of right pixels ()."""
         logits, labels = self.logits(img), labels.long()
         # As published, the sum over pixels that count is divided by the number of all pixels, ignored ones included.
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
@@ -137,8 +139,8 @@ class Segmenter(nn.Module):
 
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """AdamW's groups: group["lr_scale"] is the layer decay to the power of the layers above; neck and head have 1. Tensors
-    of one dimension have no weight decay. Unlike in fine-tuning, cls and positions have, as published."""
+    """AdamW's groups: group["lr_scale"] is the layer decay to the power of the layers above; neck and head have 1.
+    Tensors of one dimension have no weight decay. Unlike in fine-tuning, cls and positions have, as published."""
     groups, depth = {}, model.backbone.depth
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -151,7 +153,7 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 
 def poly(step, steps, warmup, peak):
-    """Learning rate of step `step` (from 0): linear from 1e-6 * peak over `warmup` steps, then linear to 0 in the last."""
+    """Learning rate of step `step` (from 0): from 1e-6 * peak up over `warmup` steps, then down to 0 in the last."""
     if step < warmup:
         return peak * (1e-6 + (1 - 1e-6) * step / max(warmup - 1, 1))
     return peak * (1 - (step - warmup) / max(steps - 1 - warmup, 1))
@@ -159,30 +161,13 @@ def poly(step, steps, warmup, peak):
 
 def make_backbone(cfg):
     """The ViT or Swin of --init, or of --model with random weights, for images of --img-size."""
-    size = dict(img_size=cfg.img_size, drop_path=cfg.drop_path, num_classes=0)
-    if not cfg.init:
-        own = dict(window=SWINS[cfg.model].get("window", 7)) if cfg.model in SWINS else dict(heads=cfg.heads)
-        shape = {**(SWINS | MODELS)[cfg.model], **own, **size, "patch_size": cfg.patch_size, "in_chans": cfg.in_chans}
-    else:
-        file = read(cfg.init)
-        shape = encoder_options(file, cfg.heads) | size
-        shape["pool"] = "avg" if "fc_norm.weight" in file.state else "cls"
-    if "depths" in shape:
-        shape.pop("pool", None)
+    if cfg.init:
+        return build_backbone(cfg.init, cfg.heads, cfg.img_size, cfg.drop_path, cfg.relative, cfg.layer_scale)
+    shape = dict((SWINS | MODELS)[cfg.model], img_size=cfg.img_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans,
+                 drop_path=cfg.drop_path)
+    if cfg.model in SWINS:
         return build(shape)
-    shape["layer_scale"] = shape.get("layer_scale") or cfg.layer_scale
-    return build(dict(shape, positions="learned", relative=bool(shape.get("relative") or cfg.relative)))
-
-
-def start_from(backbone, path):
-    """Copy a file's encoder into a backbone. Tables of relative positions grow as in BEiT's dense tasks: not bicubically."""
-    file = read(path)
-    kept = {name: tensor for name, tensor in file.state.items() if not name.startswith(("head.", "head_dist."))}
-    if not isinstance(backbone, Swin):
-        old = grid_of(file, file.state["pos_embed"])
-        for name in [name for name in kept if name.endswith("relative_position_bias_table") and old != backbone.grid]:
-            kept[name] = resize_relative_geometric(kept[name], old, backbone.grid)
-    load_into(backbone, file._replace(state=kept), print_rank0)
+    return build(shape | dict(heads=cfg.heads, positions="learned", relative=cfg.relative, layer_scale=cfg.layer_scale))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -210,7 +195,10 @@ def resolve(argv=None):
     else:
         model = cfg.model or known.get("model", "vit_tiny")
         known = options.model_options(model) | known | dict(model=model)
-    usual = "ade20k" if known.get("data", cfg.data) == "ade20k" else "small"
+    if "window" in known or known.get("model") is None and "depths" in shape:
+        for name in sorted(given & {"heads", "relative", "layer_scale", "taps"}):
+            fail(f"{options.flag(name)} is an option of a ViT, and the network is a Swin: leave it out")
+    usual = "ade20k" if options.fill(cfg, given, known).data == "ade20k" else "small"
     recipe = cfg.recipe or ("frozen" if cfg.frozen else usual)
     values = dict(in_chans=3, out="out/segment") | RECIPES[recipe] | known | dict(recipe=recipe)
     cfg = options.fill(cfg, given, values | dict(frozen=recipe == "frozen"))
@@ -233,13 +221,13 @@ def in_epochs(cfg, images):
 def evaluate_and_keep_best(run, model, windows, whole, best):
     """Evaluate between two steps, log it, write best.pt, draw a sheet -> counts of pixels. A signal ends the run here:
     last.pt is of this very step, so going on begins with the evaluation. Without val/ there is the sheet alone."""
-    began, found, areas = time.perf_counter(), dict(mIoU=0.0), None
+    cfg, began, found, areas = run.cfg, time.perf_counter(), dict(mIoU=0.0), None
     with run.interruptible():
         if run.val:
-            areas = count_pixels(model, run.val, windows, run.device, run.cfg.workers)
+            areas = count_pixels(model, run.val, windows, run.device, cfg.workers)
             found = pixel_scores(areas)[2]
         if run.rank == 0:
-            draw_segmentations(model, run.val or run.train, windows, run.device, os.path.join(run.cfg.out, "segments.png"))
+            draw_segmentations(model, run.val or run.train, windows, run.device, f"{cfg.out}/segments.png")
     if run.rank == 0:
         if (found["mIoU"] > best["value"] or not run.val) and run.folder.write("best.pt", whole):
             best.update(value=found["mIoU"], step=run.done)
@@ -251,7 +239,7 @@ def evaluate_and_keep_best(run, model, windows, whole, best):
 
 
 def evaluate_file(cfg):
-    """--eval: scores of a best.pt on a part of a set, and with --predict the pictures; of images without masks these alone."""
+    """--eval: scores of a best.pt on a part of a set, and with --predict pictures; without masks these alone."""
     device, file = setup(cfg.device)[2], load_file(cfg.eval)
     if not isinstance(file, dict) or "segment" not in file:
         fail(f"{cfg.eval} holds no segmentation network: a best.pt of dense.segment was expected (--init trains one)")
@@ -271,9 +259,8 @@ def main(argv=None):
     cfg = resolve(argv)
     if cfg.eval:
         return evaluate_file(cfg)
-    train, val = train_and_val_pairs(cfg.data, cfg.fraction, cfg.seed, cfg.download)
-    for source in filter(None, (train, val)):
-        look_over(source, cfg.in_chans, cfg.bits, cfg.value_range)
+    train, val = train_and_val_pairs(cfg.data, cfg.fraction, cfg.seed, cfg.download, cfg.in_chans, cfg.bits,
+                                     cfg.value_range)
     run = Run(in_epochs(cfg, len(train)), "segment")
     run.datasets(opened=(train, val))
     cfg, classes = run.cfg, len(train.classes)
@@ -281,12 +268,13 @@ def main(argv=None):
         backbone = make_backbone(cfg)
         model = Segmenter(backbone, classes, cfg.head, cfg.taps, cfg.channels, cfg.dropout, cfg.frozen).to(run.device)
     if run.init:
-        start_from(backbone, run.init)
+        load_backbone(backbone, run.init, print_rank0)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.layer_decay), fused=True)
     stride = [cfg.stride or max(1, side * 2 // 3) for side in run.size]
     windows, best = Windows(run.size, stride, cfg.short_side, run.mean, run.std), dict(value=-1.0, step=0)
-    whole = dict(method="segment", model=model.state_dict(), config=dict(backbone.config, mean=run.mean, std=run.std),
-                 segment=dict(network=model.config, windows=windows._asdict(), names=train.classes, colours=train.colours))
+    facts = dict(network=model.config, windows=windows._asdict(), names=train.classes, colours=train.colours)
+    whole = dict(method="segment", model=model.state_dict(), segment=facts,
+                 config=dict(backbone.config, mean=run.mean, std=run.std))
     net = run.start(model, optimizer, dict(model=backbone.state_dict(), config=backbone.config),
                     best=SimpleNamespace(state_dict=best.copy, load_state_dict=best.update))
     outside = torch.tensor([round(255 * m) for m in run.mean], dtype=torch.uint8)       # what is 0 once normalised

@@ -16,8 +16,8 @@ LONG = 4                                                        # the longer sid
 
 
 def scaled_size(height, width, ratio, short=0):
-    """The size of an image whose shorter side becomes ratio * short, unless the longer one would be more than four times
-    that; without `short`, ratio times its own size."""
+    """The size of an image whose shorter side becomes ratio * short, unless the longer one would be more than four
+    times that; without `short`, ratio times its own size."""
     factor = ratio
     if short:
         factor = min(int(LONG * short * ratio) / max(height, width), int(short * ratio) / min(height, width))
@@ -39,7 +39,8 @@ def choose_crop(mask, size, offsets, most=0.75):
     for tried, (row, column) in enumerate(offsets):
         if tried == 10:
             break
-        counts = torch.bincount(mask[row:row + size[0], column:column + size[1]].flatten(), minlength=IGNORED + 1)[:IGNORED]
+        crop = mask[row:row + size[0], column:column + size[1]]
+        counts = torch.bincount(crop.flatten(), minlength=IGNORED + 1)[:IGNORED]            # (255,), without ignored
         if (counts > 0).sum() > 1 and counts.max() / counts.sum() < most:
             break
     return row, column
@@ -117,8 +118,8 @@ def draw_distortion(u):
 class MaskCrops(RandomCrops):
     """Random crops of images with masks, in the place of RandomCrops: labels are uint8 (B, h, w).
 
-    short: pixels of the shorter side at ratio 1, or 0: the image's own; ratios: the least and the greatest. photometric:
-    whether colours change (of three channels). colour (C,): uint8, of what lies outside a small image.
+    short: pixels of the shorter side at ratio 1, or 0: the image's own; ratios: the least and the greatest.
+    photometric: whether colours change (of three channels). colour (C,): uint8, of what lies outside a small image.
     """
     draws = 1 + 22 + 1 + 9                                      # ratio, eleven corners, flip, colours
 
@@ -171,7 +172,7 @@ class MaskCrops(RandomCrops):
         return crops, labels, list(filter(None, failed)), problem
 
     def finish(self, batches, device):
-        """Pass batches on; a mask that cannot mean what was said about it ends the run here, in the training process."""
+        """Pass batches on; a mask that cannot mean what was said about it ends the run, in the training process."""
         for crops, labels, failed, problem in batches:
             if problem:
                 raise SystemExit(problem)
@@ -179,8 +180,8 @@ class MaskCrops(RandomCrops):
 
 
 class WholePairs(torch.utils.data.Dataset):
-    """Whole images for evaluation. A list of one index gives (index, image resized to `short` (0: not), mask at the image's
-    own size or None, that size (h, w), None); or (index, None, None, None, reason) where it cannot be read."""
+    """Whole images for evaluation. A list of one index gives (index, image resized to `short` (0: not), mask at the
+    image's own size or None, that size (h, w), None); or (index, None, None, None, reason) if it cannot be read."""
 
     def __init__(self, source, channels, short):
         self.source, self.channels, self.short = source, channels, short

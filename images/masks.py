@@ -4,7 +4,8 @@ Where images with masks are, for segmentation. --data may be
 ADEChallengeData2016/   images/training, annotations/training and the same of validation; also as the name ade20k
 camvid/                 train/ and trainannot/, val/ and valannot/, test/ and testannot/
 any/    any.tar         images/ and annotations/ with files of equal names, each with train/ and val/ in it or in
-                        folders train/ and val/; and classes.txt, a line for each class: its name, and R G B for colour masks
+                        folders train/ and val/; and classes.txt, a line for each class: its name, and R G B for masks
+                        in colours
 voc   cityscapes        sets of torchvision, under $DATASETS or ./data
 shapes                  drawn shapes
 
@@ -21,14 +22,13 @@ import numpy as np
 import torch
 
 from data import decode
-from images.datasets import Folder, Tar, left_out, subset
+from images.datasets import Folder, Tar, left_out, look_over, subset
 from images.mask_classes import IGNORED, Classes, MaskError, read_lines
 from images.shapes import Scenes
 from images.tars import locked, note
 
 SPLITS = dict(train=("training", "train"), val=("validation", "val", "valid"), test=("testing", "test"))
-CAMVID = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
-          "ignore"]
+CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist ignore".split()
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
        "pottedplant sheep sofa train tvmonitor").split()
 NAMED = dict(ade20k="ADEChallengeData2016", voc="VOC 2012", cityscapes="Cityscapes", shapes="drawn")
@@ -52,8 +52,8 @@ class Listed(Folder):
 
 
 class Pairs:
-    """Images with masks: a source as in images/datasets.py, and mask(i). files: a Folder or Tar; rows: for each image its
-    name and number there, and those of its mask (or "", -1, for pictures to predict)."""
+    """Images with masks: a source as in images/datasets.py, and mask(i). files: a Folder or Tar; rows: (name of the
+    image, name of the mask, their numbers among the files), or "" and -1 for pictures without masks."""
     labels, value_range = None, None
 
     def __init__(self, files, rows, lines, where):
@@ -61,7 +61,7 @@ class Pairs:
         self.classes, self.colours = self.meaning.names, self.meaning.colours
         longest = max(len(os.fsencode(name)) for row in rows for name in row[:2])
         kind = [("name", f"S{longest}"), ("mask", f"S{longest}"), ("at", "<i8"), ("mask_at", "<i8")]
-        self.images = np.array([(os.fsencode(a), os.fsencode(b), i, j) for a, b, i, j in rows], kind)
+        self.images = np.array([(os.fsencode(img), os.fsencode(mask), *at) for img, mask, *at in rows], kind)
 
     def __len__(self):
         return len(self.images)
@@ -92,8 +92,8 @@ def read_pair(source, i, channels=3):
 
 
 def open_pairs(data, split="train", download=False):
-    """Open one split of what --data names (see the head of this file), or None if it has none. A source is checked on 16
-    of its pairs; mistakes end in a sentence."""
+    """Open one split of what --data names (see the head of this file), or None if it has none. A source is checked on
+    16 of its pairs; mistakes end in a sentence."""
     if data == "shapes":
         return Scenes(split)
     if data in ("voc", "cityscapes"):
@@ -101,8 +101,8 @@ def open_pairs(data, split="train", download=False):
     else:
         root = os.environ.get("ADE20K", NAMED["ade20k"]) if data == "ade20k" else data
         if not os.path.exists(root):
-            raise SystemExit(f"no data: {root} does not exist; give --data a folder or tar with images/ and annotations/, or "
-                             f"one of {', '.join(NAMED)}; or try --demo")
+            raise SystemExit(f"no data: {root} does not exist; give --data a folder or tar with images/ and "
+                             f"annotations/, or one of {', '.join(NAMED)}; or try --demo")
         source = find_pairs(root, split)
     if source is not None:
         check_some(source)
@@ -119,7 +119,7 @@ def places(split):
 
 
 def find_pairs(root, split):
-    """The Pairs of a split in a folder or tar, or None if it has none. Without any split there it is no set of masks."""
+    """The Pairs of a split in a folder or tar, or None if it has other splits. NoMasks if it has none."""
     files = Folder(root) if os.path.isdir(root) else Tar(root)
     names = [files.relative(i) for i in range(len(files))]
     folders = {os.path.dirname(name) for name in names}
@@ -132,8 +132,8 @@ def find_pairs(root, split):
     if where is None:
         if any(set(pair) <= present for other in SPLITS for pair in places(other)):
             return None
-        raise NoMasks(f"{root} has no masks: looked for images/ and annotations/, with or without train/ in them, and for "
-                         f"train/ and trainannot/; it has {', '.join(sorted(present - {''})[:6]) or 'no folders'}")
+        raise NoMasks(f"{root} has no masks: looked for images/ and annotations/, with or without train/ in them, and "
+                      f"for train/ and trainannot/; it has {', '.join(sorted(present - {''})[:6]) or 'no folders'}")
     pictures, masks = ({} for _ in where)
     for i, name in enumerate(names):
         for found, folder in zip((pictures, masks), where):
@@ -141,11 +141,11 @@ def find_pairs(root, split):
                 found[os.path.splitext(name.removeprefix(f"{outer}{folder}/"))[0]] = name, i
     lost = sorted(set(pictures) - set(masks))
     if lost:
-        raise SystemExit(f"{len(lost)} of {len(pictures)} images under {root} have no mask, first {pictures[lost[0]][0]}: "
-                         f"{outer}{where[1]}/{lost[0]}.png was expected")
+        raise SystemExit(f"{len(lost)} of {len(pictures)} images under {root} have no mask, first "
+                         f"{pictures[lost[0]][0]}: {outer}{where[1]}/{lost[0]}.png was expected")
     alone = sorted(set(masks) - set(pictures))
     if alone:
-        note(f"{len(alone)} masks under {root}/{outer}{where[1]} belong to no image, first {alone[0]}: they are left out")
+        note(f"{len(alone)} masks under {root}/{outer}{where[1]} belong to no image and are left out, first {alone[0]}")
     rows = [(pictures[stem][0], masks[stem][0], pictures[stem][1], masks[stem][1]) for stem in sorted(pictures)]
     return Pairs(files, rows, lines_of(root, outer, where), f"{root}/{outer}{where[0]}")
 
@@ -162,8 +162,8 @@ def lines_of(root, outer, where):
         return [("ignore", None), *((name, None) for name in (names if len(names) == 150 else map(str, range(1, 151))))]
     if where[1].endswith("annot"):
         return [(name, None) for name in CAMVID]
-    raise SystemExit(f"{root} has no classes.txt: write the name of a class on each line, in the order of the masks' numbers, "
-                     "or with R G B after each name if masks are coloured")
+    raise SystemExit(f"{root} has no classes.txt: write the name of a class on each line, in the order of the masks' "
+                     "numbers, or with R G B after each name if masks are coloured")
 
 
 def read_text(root, name):
@@ -206,15 +206,17 @@ def open_to_predict(data, split, download, names, colours):
         if source is None:
             raise SystemExit(f"{data} has no images of {split}: --split train, val or test names a part that it has")
         if source.classes != names:
-            raise SystemExit(f"{source.where} has the classes {', '.join(source.classes)[:60]} ({len(source.classes)}), and the "
-                             f"network tells apart {', '.join(names)[:60]} ({len(names)})")
+            theirs = f"{', '.join(source.classes)[:60]} ({len(source.classes)})"
+            raise SystemExit(f"{source.where} has the classes {theirs}, and the network tells apart "
+                             f"{', '.join(names)[:60]} ({len(names)})")
         return source
     except NoMasks:
         pass
     files = Folder(data) if os.path.isdir(data) else Tar(data)
     if not len(files):
         raise SystemExit(f"no image found under {files.where}{left_out(files.skipped)}")
-    return Pairs(files, [(files.relative(i), "", i, -1) for i in range(len(files))], list(zip(names, colours)), files.where)
+    rows = [(files.relative(i), "", i, -1) for i in range(len(files))]
+    return Pairs(files, rows, list(zip(names, colours)), files.where)
 
 
 def check_some(source, most=16):
@@ -228,15 +230,17 @@ def check_some(source, most=16):
         except Exception:                                       # a damaged file: counted and named when it is its turn
             continue
     if not labelled:
-        raise SystemExit(f"all pixels of the masks under {source.where} are ignored: their numbers are not those of the classes "
-                         f"{', '.join(source.classes[:4])}, ...")
+        raise SystemExit(f"all pixels of the masks under {source.where} are ignored: their numbers are not those of "
+                         f"the classes {', '.join(source.classes[:4])}, ...")
 
 
-def train_and_val_pairs(data, fraction=1.0, seed=0, download=False):
-    """Open --data -> the pairs to train on, a `fraction` of them, and those to evaluate on, or None."""
+def train_and_val_pairs(data, fraction=1.0, seed=0, download=False, channels=3, bits=None, value_range=None):
+    """Open --data -> the pairs to train on, a `fraction` of them, and those to evaluate on, or None; see look_over."""
     train, val = open_pairs(data, "train", download), open_pairs(data, "val", download)
     if train is None:
         raise SystemExit(f"{data} has no images to train on: images/train and annotations/train were looked for")
     if val is not None and val.classes != train.classes:
         raise SystemExit(f"{val.where} has other classes than {train.where}: one classes.txt is meant for both")
+    for source in filter(None, (train, val)):
+        look_over(source, channels, bits, value_range)
     return train if fraction == 1 else subset(train, fraction, seed), val

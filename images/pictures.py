@@ -36,8 +36,8 @@ def save_sheet(columns, note, path):
 
 
 def palette(colours):
-    """Colours (R, G, B) of classes, where they are None others that differ from their neighbours -> uint8 (256, 3); the last
-    one, of what is ignored, is white."""
+    """Colours (R, G, B) of classes, or None, for which colours are made -> uint8 (256, 3); the last one, of what is
+    ignored, is white."""
     table = torch.full((256, 3), 255, dtype=torch.uint8)
     for k, colour in enumerate(colours):                        # steps of the golden ratio around the circle of hues
         made = colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75, (0.9, 0.6, 0.75)[k % 3])

@@ -63,7 +63,7 @@ class Shapes:
 
 
 class Scenes(Shapes):
-    """Drawn scenes of two to four discs, squares and triangles, some in front of others, with masks."""
+    """Drawn scenes with masks: two to four striped discs, plain squares and dotted triangles, some before others."""
     classes, colours, labels = ["background", "disc", "square", "triangle"], [None] * 4, None
 
     def __init__(self, split="train", length=None, side=96):
@@ -82,11 +82,16 @@ class Scenes(Shapes):
         picture = rng.uniform(0.2, 0.8, (3, 1, 1)) + slope[:, :1, None] * x + slope[:, 1:, None] * y
         mask = np.zeros((side, side), np.uint8)
         for _ in range(rng.integers(2, 5)):
-            kind, (cx, cy), r, turn = rng.integers(1, 4), rng.uniform(-0.7, 0.7, 2), rng.uniform(0.25, 0.45), rng.uniform(0, 6.28)
-            u, v = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn), (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)
+            kind, (cx, cy) = int(rng.integers(1, 4)), rng.uniform(-0.7, 0.7, 2)
+            r, turn = rng.uniform(0.25, 0.45), rng.uniform(0, 2 * np.pi)
+            u = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn)
+            v = (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)
             edge = {1: r - np.hypot(u, v), 2: 0.85 * r - np.maximum(abs(u), abs(v)),
-                    3: 0.6 * r - np.maximum(v, 0.866 * abs(u) - 0.5 * v)}[int(kind)]           # positive inside
-            picture = np.where(edge > 0, rng.uniform(0, 1, (3, 1, 1)), picture)
+                    3: 0.6 * r - np.maximum(v, 0.866 * abs(u) - 0.5 * v)}[kind]                # positive inside
+            waves = np.sin(25 * u), np.sin(25 * u) * np.sin(25 * v)
+            ink = {1: waves[0] > 0, 2: np.ones_like(u, bool), 3: waves[1] > 0}[kind]
+            colour, other = rng.uniform(0, 1, (2, 3, 1, 1))
+            picture = np.where(edge > 0, np.where(ink, colour, other), picture)
             mask[edge > 0] = kind
         picture = picture + rng.normal(0, 0.04, picture.shape)
         return (picture.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0), mask

@@ -37,9 +37,9 @@ def resize_relative(table, old, new):
 
 def geometric_places(source, target):
     """Where the offsets of a table lie when it grows or shrinks -> places of its own offsets (source,), and of the new
-    ones (target,), as floats. Both counts are odd. Neighbouring offsets are 1, q, q^2, ... apart from the middle outwards,
-    so that near offsets keep their biases and only far ones spread out (BEiT). q, between 1.01 and 1.5, is the one whose
-    steps add up to the new reach; it is found by halving, and stays at the bound that it runs into, as published."""
+    ones (target,). Both counts are odd. Neighbouring offsets are 1, q, q^2, ... apart from the middle outwards, so that
+    near offsets keep their biases and only far ones spread out (BEiT). q, between 1.01 and 1.5, is the one whose steps
+    add up to the new reach; it is found by halving, and stays at the bound that it runs into, as published."""
     low, high, half = 1.01, 1.5, source // 2
     while high - low > 1e-6:
         q = (low + high) / 2
@@ -53,7 +53,7 @@ def geometric_places(source, target):
 
 
 def spline_basis(x, knots, degree):
-    """The B-splines of a degree at places x (n,) -> (n, len(knots) - degree - 1), by the recursion of Cox and de Boor."""
+    """The B-splines of a degree at places x (n,) -> (n, len(knots) - degree - 1); recursion of Cox and de Boor."""
     last = torch.searchsorted(knots, knots[-1]) - 1             # the last interval that is not empty: x may be its end
     interval = (torch.searchsorted(knots, x, right=True) - 1).clamp(degree, last)
     basis = F.one_hot(interval, len(knots) - 1).double()                                        # (n, intervals)
@@ -66,19 +66,20 @@ def spline_basis(x, knots, degree):
 
 
 def spline_weights(source, target):
-    """The interpolating cubic spline as a matrix (target, source): values at the old places -> at the new ones. Beyond the
-    outermost old places the value there counts."""
+    """The interpolating cubic spline as a matrix (target, source): values at the old places -> at the new ones. Beyond
+    the outermost old places the value there counts."""
     if source == 1:
         return torch.ones(target, 1, dtype=torch.float64)
     places, wanted = geometric_places(source, target)
     degree, ends = min(3, source - 1), torch.ones(min(3, source - 1) + 1, dtype=torch.float64)
-    knots = torch.cat([places[0] * ends, places[2:-2], places[-1] * ends])      # "not a knot": the second and last but one
+    # "Not a knot": the second place and the last but one are none.
+    knots = torch.cat([places[0] * ends, places[2:-2], places[-1] * ends])
     wanted = wanted.clamp(places[0], places[-1])
     return torch.linalg.solve(spline_basis(places, knots, degree), spline_basis(wanted, knots, degree), left=False)
 
 
 def resize_relative_geometric(table, old, new):
-    """resize_relative as BEiT's dense tasks do it, for grids that grow a lot: a spline on a stretched axis, not bicubic.
+    """resize_relative as BEiT's dense tasks do it, for grids that grow a lot: a spline on a stretched axis.
     table (rows, H) of the grid `old` -> of the grid `new`; the three rows of cls stay. One axis after the other."""
     h, w = 2 * old[0] - 1, 2 * old[1] - 1
     offsets = rearrange(table[:h * w].double(), "(h w) d -> d h w", h=h)

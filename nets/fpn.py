@@ -1,7 +1,7 @@
 """
 From the tokens of a ViT or Swin to maps of several scales, and from these to a class for each pixel.
 
-Shapes: B images, N tokens, D width, K classes, (h, w) the size of a map. A map of stride s has one cell for s x s pixels.
+Shapes: B images, N tokens, D width, K classes, (h, w) the size of a map. A map of stride s has a cell for s x s pixels.
 Names of parameters are those of mmsegmentation's EncoderDecoder, so `neck` and `decode_head` exchange weights with it.
 Semantic-FPN is https://arxiv.org/abs/1901.02446, section 4.1; the neck of a ViT is MAE-Lite's.
 """
@@ -136,7 +136,7 @@ class ConvBlock(nn.Module):
 
 
 class FPNHead(nn.Module):
-    """Semantic-FPN: each map is brought to the stride of the first one by convolutions and doublings, and all are added.
+    """Semantic-FPN: convolutions and doublings bring each map to the stride of the first one, and all are added.
 
     widths: channels of the maps, each of which is half as large as the one before. dropout: of whole channels.
     """
@@ -164,7 +164,7 @@ class FPNHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """BatchNorm and a 1 x 1 convolution on one map: what the features of a frozen network know (DINOv2's evaluation)."""
+    """BatchNorm and a 1 x 1 convolution on one map: what frozen features know (DINOv2's evaluation)."""
 
     def __init__(self, width, classes):
         super().__init__()

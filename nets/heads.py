@@ -1,7 +1,8 @@
 """
 What reads frozen features: k-NN votes, linear heads and how they learn, one or many at a time; how hits are counted.
 
-Functions of tensors alone; probe.py and dense/ apply them. n, m images, b, B images at a time, D width, C classes, H heads.
+Functions of tensors alone; probe.py and dense/ apply them. n, m images, b, B images at a time, D width, C or K classes,
+H heads.
 """
 import math
 
@@ -29,8 +30,8 @@ def accuracies(counts):
 
 
 def pixel_areas(pred, truth, classes, ignored=255):
-    """Predicted and true classes (h, w) of an image -> counts of pixels (3, K): where both agree, predicted, true; what is
-    ignored counts nowhere. Counts add up, over images and processes: a mean of each image's IoU is another number."""
+    """Predicted and true classes (h, w) of an image -> counts of pixels (3, K): where both agree, predicted, true. What
+    is ignored counts nowhere. Counts add up, over images and processes: a mean of images' IoUs is another number."""
     valid = truth != ignored
     pred, truth = pred[valid].long(), truth[valid].long()                                       # (n,)
     kinds = pred[pred == truth], pred, truth
@@ -38,8 +39,8 @@ def pixel_areas(pred, truth, classes, ignored=255):
 
 
 def pixel_scores(areas):
-    """Counts (3, K) -> IoU (K,) and accuracy (K,) of each class in percent, NaN where it has no pixel; and dict of mIoU,
-    aAcc (of all pixels) and mAcc, in percent, the means over classes that have one."""
+    """Counts (3, K) -> IoU (K,) and accuracy (K,) of each class in percent, NaN where it has no pixel; and a dict of
+    mIoU and mAcc, the means over classes that have one, and aAcc, the accuracy of all pixels."""
     both, pred, true = areas.cpu().double()
     iou, acc = 100 * both / (pred + true - both), 100 * both / true
     found = dict(mIoU=iou.nanmean(), aAcc=100 * both.sum() / true.sum(), mAcc=acc.nanmean())

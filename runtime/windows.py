@@ -1,8 +1,8 @@
 """
 Dense prediction for images of any size by a network for one size: sliding windows, scores over all processes, pictures.
 
-A model has `logits`, normalised images (B, C, *size) -> (B, K, *size). Shapes: B images, C channels, K classes, (H, W) and
-(h, w) sizes before and after.
+A model has `logits`: normalised images (B, C, *size) -> (B, K, *size). Shapes: B images, C channels, K classes, (H, W)
+the size of an image as it lies on disk, (h, w) that at which the network sees it.
 """
 import math
 import os
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from data import load
 from images.augment import normalize
-from images.mask_crops import WholePairs
 from images.mask_classes import IGNORED
+from images.mask_crops import WholePairs
 from images.pictures import palette, save_legend, save_mask, save_overlay, save_sheet
 from nets.heads import pixel_areas, pixel_scores
 from runtime.run import print_rank0
@@ -35,8 +35,8 @@ def window_starts(length, window, stride):
 def slide(logits_of, img, window, stride, batch=8):
     """Logits of one image (1, C, H, W) by windows, averaged where these overlap -> (1, K, H, W), in fp32.
 
-    logits_of: images (b, C, *window) -> (b, K, *window). An image smaller than a window is padded with zeros on the right
-    and below. Windows go through the network `batch` at a time, because one alone does not fill it.
+    logits_of: images (b, C, *window) -> (b, K, *window). An image smaller than a window is padded with zeros on the
+    right and below. Windows go through the network `batch` at a time, because one alone does not fill it.
     """
     height, width = img.shape[-2:]
     img = F.pad(img, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
@@ -65,8 +65,8 @@ def evaluating(model):
 
 
 def predictions(model, source, windows, device, workers=0, numbers=None):
-    """Yield (number, image uint8 (C, h, w), predicted classes uint8 (H, W) and true ones, or None, at the image's own size)
-    of the images with these numbers; default: each process every world-th of all."""
+    """Yield (number, image uint8 (C, h, w), predicted classes uint8 (H, W), and true ones or None) of the images with
+    these numbers; default: each process every world-th of all."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(rank, len(source), world) if numbers is None else numbers
     whole, began, told = WholePairs(source, len(windows.mean), windows.short), time.time(), time.time()
@@ -126,7 +126,7 @@ def score_line(found):
 
 
 def draw_segmentations(model, source, windows, device, path, count=6):
-    """Save a sheet with a row for each of `count` images, always the same: image, truth, prediction, and errors in red."""
+    """Save a sheet with a row for each of `count` images, always the same: image, truth, prediction, errors."""
     columns, table = {"image": [], "truth": [], "prediction": [], "errors": []}, palette(source.colours)
     numbers, size = torch.linspace(0, len(source) - 1, min(count, len(source))).long().tolist(), None
     with evaluating(model):
