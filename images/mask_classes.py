@@ -38,7 +38,7 @@ class Classes:
         """The bytes of a mask's file -> classes, uint8 (h, w). MaskError for what is no class."""
         img = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         if img.mode in ("P", "L", "1", "I", "I;16"):
-            return self.of_indices(np.array(img), name)
+            return self.of_indices(np.array(img, np.int64), name)
         if not self.by_colour:
             raise MaskError(f"{name} has colours ({img.mode}), and an index mask was expected, grey or palette, whose "
                             "numbers are classes: save it so, or give colours in classes.txt, as `road 128 64 128`")

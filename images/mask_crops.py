@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from data import RandomCrops, shared, uniforms
 from images.mask_classes import IGNORED, MaskError
 from images.masks import read_pair
+from images.tars import note
 
 LONG = 4                                                        # the longer side is at most this often the shorter one
 
@@ -126,6 +127,10 @@ class MaskCrops(RandomCrops):
     def __init__(self, source, size, channels, seed, short, ratios, photometric, colour):
         super().__init__(source, size, channels, seed, None, "bilinear")
         self.short, self.ratios, self.photometric, self.colour = short, ratios, photometric and channels == 3, colour
+        height, width = scaled_size(*source.least, 1.0, short)
+        if height < self.size[0] or width < self.size[1]:
+            note(f"images of {height}x{width} pixels are smaller than a crop of {self.size[0]}x{self.size[1]}, even at "
+                 "ratio 1: they are padded, and what is padded does not count")
 
     def pair(self, index):
         """Read one pair, or the next that can be read -> image, mask, its index, and (name, reason) or None."""

@@ -220,11 +220,14 @@ def open_to_predict(data, split, download, names, colours):
 
 
 def check_some(source, most=16):
-    """Read a few pairs of a source: mistakes that all masks share end in a sentence before anything is trained."""
-    labelled = 0
+    """Read a few pairs of a source: mistakes that all masks share end in a sentence before training begins. The source
+    gets the least height and width among them, source.least."""
+    labelled, sizes = 0, []
     for i in np.linspace(0, len(source) - 1, min(most, len(source)), dtype=int):
         try:
-            labelled += int((read_pair(source, int(i))[1] != IGNORED).sum())
+            mask = read_pair(source, int(i))[1]
+            labelled += int((mask != IGNORED).sum())
+            sizes.append(mask.shape)
         except MaskError as error:
             raise SystemExit(str(error)) from None
         except Exception:                                       # a damaged file: counted and named when it is its turn
@@ -232,6 +235,7 @@ def check_some(source, most=16):
     if not labelled:
         raise SystemExit(f"all pixels of the masks under {source.where} are ignored: their numbers are not those of "
                          f"the classes {', '.join(source.classes[:4])}, ...")
+    source.least = tuple(map(min, zip(*sizes)))
 
 
 def train_and_val_pairs(data, fraction=1.0, seed=0, download=False, channels=3, bits=None, value_range=None):

@@ -19,6 +19,7 @@ from images.augment import normalize
 from images.mask_classes import IGNORED
 from images.mask_crops import WholePairs
 from images.pictures import palette, save_legend, save_mask, save_overlay, save_sheet
+from images.tars import note
 from nets.heads import pixel_areas, pixel_scores
 from runtime.run import print_rank0
 
@@ -68,11 +69,15 @@ def predictions(model, source, windows, device, workers=0, numbers=None):
     """Yield (number, image uint8 (C, h, w), predicted classes uint8 (H, W), and true ones or None) of the images with
     these numbers; default: each process every world-th of all."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = range(rank, len(source), world) if numbers is None else numbers
+    mine, small = range(rank, len(source), world) if numbers is None else numbers, False
     whole, began, told = WholePairs(source, len(windows.mean), windows.short), time.time(), time.time()
     for count, (i, img, truth, own, problem) in enumerate(load(whole, [[i] for i in mine], workers), 1):
         if problem:
             raise SystemExit(problem)
+        if not small and any(have < want for have, want in zip(img.shape[1:], windows.size)):
+            small = True
+            note(f"{source.name(i)} is smaller than a window of {windows.size[0]}x{windows.size[1]} pixels: it is padded, "
+                 "as are others of its kind")
         x = normalize(img.unsqueeze(0).to(device), windows.mean, windows.std)                   # (1, C, h, w)
         logits = slide(model.logits, x, windows.size, windows.stride)                           # (1, K, h, w)
         logits = F.interpolate(logits, own, mode="bilinear", align_corners=False)               # (1, K, H, W)

@@ -665,6 +665,20 @@ def test_evaluation_and_pictures(trained, tmp_path, world, capsys):
         assert "IoU" not in capsys.readouterr().out and len(list((tmp_path / "more" / "overlays").rglob("*.jpg"))) == 3
 
 
+def test_grey_images_of_any_shape(tmp_path, capsys):
+    """One channel, crops that are no squares, passes, bf16, a part of the set without val/; masks of one bit."""
+    root = write_set(tmp_path / "set", count=(8, 0), lines=("sky", "road"), classes=2)
+    for path in root.glob("annotations/*/*.png"):
+        Image.fromarray(np.array(Image.open(path)).astype(bool)).save(path)
+    segment.main(["--data", str(root), *TINY, "--in-chans", "1", "--img-size", "32", "64", "--accum", "2", "--dtype",
+                  "bf16", "--fraction", "0.5", "--steps", "3", "--out", str(tmp_path / "out")])
+    assert Image.open(root / "annotations" / "train" / "train0.png").mode == "1"
+    text = capsys.readouterr().out
+    assert "4 images in 2 classes" in text and (tmp_path / "out" / "best.pt").exists()
+    assert "images of 40x48 pixels are smaller than a crop of 32x64, even at ratio 1: they are padded" in text
+    assert text.count("is smaller than a window of 32x64 pixels: it is padded") == 1
+
+
 def test_evaluation_refuses(trained, tmp_path):
     root, out, _ = trained
     with pytest.raises(SystemExit, match="encoder.pt holds no segmentation network: a best.pt of dense.segment"):
