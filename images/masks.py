@@ -95,8 +95,8 @@ def open_pairs(data, split="train", download=False):
     """Open one split of what --data names (see the head of this file), or None if it has none. A source is checked on
     16 of its pairs; mistakes end in a sentence."""
     if data == "shapes":
-        return Scenes(split)
-    if data in ("voc", "cityscapes"):
+        source = Scenes(split)
+    elif data in ("voc", "cityscapes"):
         source = open_named(data, split, download)
     else:
         root = os.environ.get("ADE20K", NAMED["ade20k"]) if data == "ade20k" else data

@@ -76,8 +76,8 @@ def predictions(model, source, windows, device, workers=0, numbers=None):
             raise SystemExit(problem)
         if not small and any(have < want for have, want in zip(img.shape[1:], windows.size)):
             small = True
-            note(f"{source.name(i)} is smaller than a window of {windows.size[0]}x{windows.size[1]} pixels: it is padded, "
-                 "as are others of its kind")
+            size = "x".join(map(str, windows.size))
+            note(f"{source.name(i)} is smaller than a window of {size} pixels: it is padded, as are others of its kind")
         x = normalize(img.unsqueeze(0).to(device), windows.mean, windows.std)                   # (1, C, h, w)
         logits = slide(model.logits, x, windows.size, windows.stride)                           # (1, K, h, w)
         logits = F.interpolate(logits, own, mode="bilinear", align_corners=False)               # (1, K, H, W)

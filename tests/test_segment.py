@@ -734,6 +734,11 @@ def test_camvid(tmp_path):
     assert areas[2].sum() == areas[1].sum() == sum((source.mask(i) != IGNORED).sum() for i in range(2))
 
 
+def test_demo(tmp_path):
+    text = finish("--demo", "--steps", 2, "--out", tmp_path, script="dense/segment.py")
+    assert re.search(r"^triangle +IoU", text, re.M) and (tmp_path / "segments.png").exists()
+
+
 def test_demo_draws_masks():
     source = open_pairs("shapes")
     img, mask = read_pair(source, 3)
