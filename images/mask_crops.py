@@ -186,7 +186,7 @@ class MaskCrops(RandomCrops):
 
 class WholePairs(torch.utils.data.Dataset):
     """Whole images for evaluation. A list of one index gives (index, image resized to `short` (0: not), mask at the
-    image's own size or None, that size (h, w), None); or (index, None, None, None, reason) if it cannot be read."""
+    image's own size or None, that size (h, w), None); or (index, None, None, None, error) if it cannot be used."""
 
     def __init__(self, source, channels, short):
         self.source, self.channels, self.short = source, channels, short
@@ -196,8 +196,9 @@ class WholePairs(torch.utils.data.Dataset):
         try:
             img, mask = read_pair(self.source, index, self.channels)
         except MaskError as error:
-            return index, None, None, None, str(error)
-        except Exception as error:
-            return index, None, None, None, f"{self.source.name(index)} cannot be read: {str(error).splitlines()[0]}"
+            return index, None, None, None, error
+        except Exception as error:                              # damaged files raise almost anything
+            reason = str(error).split(" <_io")[0].split("\n")[0]
+            return index, None, None, None, OSError(f"{self.source.name(index)} cannot be read ({reason})")
         size = tuple(img.shape[1:])
         return index, resize_pair(img, None, scaled_size(*size, 1.0, self.short))[0], mask, size, None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data import load
 from images.augment import normalize
-from images.mask_classes import IGNORED
+from images.mask_classes import IGNORED, MaskError
 from images.mask_crops import WholePairs
 from images.pictures import palette, save_legend, save_mask, save_overlay, save_sheet
 from images.tars import note
@@ -71,9 +71,12 @@ def predictions(model, source, windows, device, workers=0, numbers=None):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, small = range(rank, len(source), world) if numbers is None else numbers, False
     whole, began, told = WholePairs(source, len(windows.mean), windows.short), time.time(), time.time()
-    for count, (i, img, truth, own, problem) in enumerate(load(whole, [[i] for i in mine], workers), 1):
-        if problem:
-            raise SystemExit(problem)
+    for count, (i, img, truth, own, error) in enumerate(load(whole, [[i] for i in mine], workers), 1):
+        if isinstance(error, MaskError):                        # others are likely to be alike
+            raise SystemExit(str(error))
+        if error:                                               # one damaged file ends no run
+            print(f"warning: {error}: it does not count")
+            continue
         if not small and any(have < want for have, want in zip(img.shape[1:], windows.size)):
             small = True
             size = "x".join(map(str, windows.size))
@@ -145,5 +148,6 @@ def draw_segmentations(model, source, windows, device, path, count=6):
             colours = table[truth.long()], table[pred.long()], errors                           # (H, W, 3) each
             for column, picture in zip(columns.values(), (img, *(c.permute(2, 0, 1) for c in colours))):
                 column.append(F.interpolate(picture[None, :3], size, mode="nearest"))
-    columns = {title: torch.cat(pictures) for title, pictures in columns.items()}
-    return save_sheet(columns, "white: ignored pixels; red: errors", path)
+    if size:
+        columns = {title: torch.cat(pictures) for title, pictures in columns.items()}
+        save_sheet(columns, "white: ignored pixels; red: errors", path)

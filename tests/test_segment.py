@@ -484,7 +484,7 @@ def test_crops_follow_from_seed_epoch_index(tmp_path):
     assert exact > 0.8
 
 
-def test_unusable_images_are_replaced_and_named(tmp_path):
+def test_unusable_images_are_replaced_and_named(tmp_path, capsys):
     root = write_set(tmp_path)
     (root / "images" / "train" / "train1.png").write_bytes(b"\x89PNG no more")
     Image.fromarray(np.full((40, 48), 255, np.uint8)).save(root / "annotations" / "train" / "train3.png")
@@ -492,6 +492,10 @@ def test_unusable_images_are_replaced_and_named(tmp_path):
     crops = MaskCrops(source, (32, 32), 3, 0, 0, (1.0, 1.0), True, torch.zeros(3, dtype=torch.uint8))
     _, labels, failed, problem = crops.__getitems__([(0, 1), (0, 2), (0, 3)])
     assert problem is None and [os.path.basename(name) for name, _ in failed] == ["train1.png", "train3.png"]
+    windows = Windows((32, 32), (21, 21), 0, (0.5,) * 3, (0.25,) * 3)
+    found = count_pixels(small().eval(), source, windows, torch.device("cpu"))
+    assert found[2].sum() == 4 * 40 * 48                        # in evaluation it does not count, and the run goes on
+    assert "train1.png cannot be read" in capsys.readouterr().out
     assert failed[1][1] == "all pixels of its mask are ignored"
     assert torch.equal(labels[2], crops.__getitems__([(0, 4)])[1][0])       # the next one
 
