@@ -31,7 +31,7 @@ SPLITS = dict(train=("training", "train"), val=("validation", "val", "valid"), t
 CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist ignore".split()
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
        "pottedplant sheep sofa train tvmonitor").split()
-NAMED = dict(ade20k="ADEChallengeData2016", voc="VOC 2012", cityscapes="Cityscapes", shapes="drawn")
+NAMED = "ade20k", "voc", "cityscapes", "shapes"
 
 
 class NoMasks(SystemExit):
@@ -99,7 +99,7 @@ def open_pairs(data, split="train", download=False):
     elif data in ("voc", "cityscapes"):
         source = open_named(data, split, download)
     else:
-        root = os.environ.get("ADE20K", NAMED["ade20k"]) if data == "ade20k" else data
+        root = os.environ.get("ADE20K", "ADEChallengeData2016") if data == "ade20k" else data
         if not os.path.exists(root):
             raise SystemExit(f"no data: {root} does not exist; give --data a folder or tar with images/ and "
                              f"annotations/, or one of {', '.join(NAMED)}; or try --demo")
