@@ -32,7 +32,7 @@ from nets.naming import build, layer_of
 from runtime import options
 from runtime.options import NetworkOptions, fail, opt, value_errors_exit
 from runtime.run import Run, launch, print_rank0, setup
-from runtime.windows import Windows, count_pixels, draw_segmentations, print_scores, score_line
+from runtime.windows import Windows, count_pixels, draw_segmentations, make_windows, print_scores, score_line
 from vit import MODELS, SWINS, Swin, pair
 from weights import encoder_options, read
 from weights.backbones import build_backbone, load_backbone
@@ -47,9 +47,9 @@ SMALL = dict(ADE20K, steps=2_000, warmup_steps=100, lr=5e-4, relative=False, lay
              short_side=0)
 FROZEN = dict(SMALL, steps=1_000, lr=1e-3, weight_decay=1e-4, layer_decay=1, drop_path=0, head="linear")
 RECIPES = dict(ade20k=ADE20K, small=SMALL, frozen=FROZEN)
-DEMO = dict(data="shapes", model="vit_mini", patch_size=8, img_size=(64, 64), steps=400, batch_size=16, lr=2e-3,
-            layer_decay=1, drop_path=0, channels=64, ratios=(0.75, 1.5), workers=1, eval_every=200, log_every=50,
-            out="out/segment-demo")
+DEMO = dict(data="shapes", model="vit_mini", patch_size=8, img_size=(64, 64), steps=400, batch_size=16, lr=3e-3,
+            layer_decay=1, drop_path=0, channels=32, ratios=(0.9, 1.2), photometric=False, workers=1, eval_every=200,
+            log_every=50, out="out/segment-demo")
 
 
 @dataclass
@@ -270,8 +270,7 @@ def main(argv=None):
     if run.init:
         load_backbone(backbone, run.init, print_rank0)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.layer_decay), fused=True)
-    stride = [cfg.stride or max(1, side * 2 // 3) for side in run.size]
-    windows, best = Windows(run.size, stride, cfg.short_side, run.mean, run.std), dict(value=-1.0, step=0)
+    windows, best = make_windows(run.size, cfg.stride, cfg.short_side, run.mean, run.std), dict(value=-1.0, step=0)
     facts = dict(network=model.config, windows=windows._asdict(), names=train.classes, colours=train.colours)
     whole = dict(method="segment", model=model.state_dict(), segment=facts,
                  config=dict(backbone.config, mean=run.mean, std=run.std))

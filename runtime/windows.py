@@ -21,10 +21,18 @@ from images.mask_crops import WholePairs
 from images.pictures import palette, save_legend, save_mask, save_overlay, save_sheet
 from images.tars import note
 from nets.heads import pixel_areas, pixel_scores
+from runtime.options import fail
 from runtime.run import print_rank0
 
 # size, stride: (h, w) of windows; short: pixels of an image's shorter side before that, 0: its own; channels, mean, std
 Windows = namedtuple("Windows", "size stride short mean std")
+
+
+def make_windows(size, stride, short, mean, std):
+    """Windows with the same stride down and across; by default two thirds of the size, 341 of 512."""
+    if stride and stride > min(size):
+        fail(f"--stride {stride} leaves gaps between windows of {size[0]}x{size[1]} pixels: give a smaller one")
+    return Windows(size, [stride or max(1, side * 2 // 3) for side in size], short, mean, std)
 
 
 def window_starts(length, window, stride):

@@ -581,6 +581,7 @@ def test_a_bad_mask_in_the_middle_ends_the_run(tmp_path):
     (["--predict", "x"], "--predict has no effect without --eval"),
     (["--ratios", "0", "2"], "--ratios must be above 0, not 0"),
     (["--ratios", "2"], "--ratios wants two numbers"),
+    (["--stride", "40"], "--stride 40 leaves gaps between windows of 32x32 pixels"),
     (["--warmup-steps", "12"], "--steps 12 must be more than --warmup-steps 12"),
 ])
 def test_bad_options(tmp_path, options, message):
