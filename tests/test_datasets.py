@@ -709,7 +709,7 @@ def test_killed_pack_goes_on(large, tmp_path, capsys):
     """A real process, kill -9 at several moments."""
     pack(large, tmp_path / "whole.tar", "--short-side", 32)
     code = ("import time; from tools import pack; quick = pack.smaller\n"
-            "def slow(*a):\n    time.sleep(0.03); return quick(*a)\n"
+            "def slow(*a):\n    time.sleep(0.2); return quick(*a)\n"
             "pack.smaller, pack.NOTE_EVERY = slow, 0.05; pack.command_line()")
     command = [sys.executable, "-c", code, "pack", large, tmp_path / "p.tar", "--short-side", "32", "--workers", "1"]
     note, begun = tmp_path / "p.tar.part.json", 0
