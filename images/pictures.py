@@ -1,4 +1,5 @@
-"""Pictures of a run: a sheet of images in titled columns, and the curve of the loss."""
+"""Pictures of a run: a sheet of images in titled columns, the curve of the loss, and masks in colours."""
+import colorsys
 import contextlib
 import json
 import os
@@ -32,6 +33,40 @@ def save_sheet(columns, note, path):
             os.remove(path + ".tmp")                            # half of it
         print(f"warning: {path} could not be drawn: {error}")
         return False
+
+
+def palette(colours):
+    """Colours (R, G, B) of classes, or None, for which colours are made -> uint8 (256, 3); the last one, of what is
+    ignored, is white."""
+    table = torch.full((256, 3), 255, dtype=torch.uint8)
+    for k, colour in enumerate(colours):                        # steps of the golden ratio around the circle of hues
+        made = colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75, (0.9, 0.6, 0.75)[k % 3])
+        table[k] = torch.tensor(colour or [round(255 * x) for x in made])
+    return table
+
+
+def save_mask(mask, table, path):
+    """Save classes uint8 (h, w) as an index PNG that shows its colours: numbers are classes."""
+    img = Image.fromarray(mask.numpy())
+    img.putpalette(table.flatten().tolist())                    # makes a grey image one with a palette
+    img.save(path)
+
+
+def save_overlay(img, mask, table, path):
+    """Save an image uint8 (C, h, w) with half of the colours of its mask uint8 (h, w) over it."""
+    grey = img[:3] if img.shape[0] > 2 else img[:1].expand(3, -1, -1)
+    mixed = (grey.permute(1, 2, 0).float() + table[mask.long()].float()) / 2
+    Image.fromarray(mixed.round().to(torch.uint8).numpy()).save(path)
+
+
+def save_legend(names, table, path):
+    """Save a picture with the colour, the number and the name of each class."""
+    page = Image.new("RGB", (320, 18 * len(names) + 8), "white")
+    pen = ImageDraw.Draw(page)
+    for k, name in enumerate(names):
+        pen.rectangle((6, 18 * k + 6, 30, 18 * k + 20), fill=tuple(table[k].tolist()), outline="black")
+        pen.text((38, 18 * k + 7), f"{k} {name}".encode("latin-1", "replace").decode("latin-1"), fill="black")
+    page.save(path)
 
 
 def draw_curve(folder):

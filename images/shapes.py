@@ -1,4 +1,4 @@
-"""Drawn shapes: a set of images that needs no files, for trying things out (--demo, --data shapes)."""
+"""Drawn shapes, and scenes of them with masks: images without files, for trying things out (--demo, --data shapes)."""
 import numpy as np
 from PIL import Image
 
@@ -60,3 +60,44 @@ class Shapes:
             picture = paint(outline("disc", cx + dx, cy + dy, r, 0), (colour + rng.uniform(0.3, 0.7, (3, 1, 1))) % 1)
         picture = picture + rng.normal(0, 0.01, picture.shape)
         return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+class Scenes(Shapes):
+    """Drawn scenes with masks: two to four striped discs, plain squares and dotted triangles, some before others."""
+    classes, colours, labels = ["background", "disc", "square", "triangle"], [None] * 4, None
+
+    def __init__(self, split="train", length=None, side=96):
+        super().__init__(split, length or (1_000 if split == "train" else 100), side)
+        self.where, self.labels = f"drawn scenes ({split})", None
+
+    def name(self, i):
+        return f"scene{self.first + int(self.images[i]):07}"
+    relative = name
+
+    def draw(self, i):
+        """-> image uint8 (h, w, 3) and mask uint8 (h, w)."""
+        rng, side = np.random.default_rng((11, self.first + int(self.images[i]))), self.side
+        y, x = np.mgrid[:side, :side] / (side - 1) * 2 - 1
+        slope = rng.normal(0, 0.15, (3, 2))
+        picture = rng.uniform(0.2, 0.8, (3, 1, 1)) + slope[:, :1, None] * x + slope[:, 1:, None] * y
+        mask = np.zeros((side, side), np.uint8)
+        for _ in range(rng.integers(2, 5)):
+            kind, (cx, cy) = int(rng.integers(1, 4)), rng.uniform(-0.7, 0.7, 2)
+            r, turn = rng.uniform(0.25, 0.45), rng.uniform(0, 2 * np.pi)
+            u = (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn)
+            v = (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)
+            edge = {1: r - np.hypot(u, v), 2: 0.85 * r - np.maximum(abs(u), abs(v)),
+                    3: 0.6 * r - np.maximum(v, 0.866 * abs(u) - 0.5 * v)}[kind]                # positive inside
+            waves = np.sin(25 * u), np.sin(25 * u) * np.sin(25 * v)
+            ink = {1: waves[0] > 0, 2: np.ones_like(u, bool), 3: waves[1] > 0}[kind]
+            colour, other = rng.uniform(0, 1, (2, 3, 1, 1))
+            picture = np.where(edge > 0, np.where(ink, colour, other), picture)
+            mask[edge > 0] = kind
+        picture = picture + rng.normal(0, 0.04, picture.shape)
+        return (picture.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0), mask
+
+    def read(self, i):
+        return Image.fromarray(self.draw(i)[0])
+
+    def mask(self, i):
+        return self.draw(i)[1]

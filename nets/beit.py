@@ -35,6 +35,60 @@ def resize_relative(table, old, new):
     return torch.cat([rearrange(offsets, "1 d h w -> (h w) d").to(table.dtype), table[h * w:]])
 
 
+def geometric_places(source, target):
+    """Where the offsets of a table lie when it grows or shrinks -> places of its own offsets (source,), and of the new
+    ones (target,). Both counts are odd. Neighbouring offsets are 1, q, q^2, ... apart from the middle outwards, so that
+    near offsets keep their biases and only far ones spread out (BEiT). q, between 1.01 and 1.5, is the one whose steps
+    add up to the new reach; it is found by halving, and stays at the bound that it runs into, as published."""
+    low, high, half = 1.01, 1.5, source // 2
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        if sum(q ** k for k in range(half)) > target // 2:
+            high = q
+        else:
+            low = q
+    reach = torch.cumsum(torch.tensor([q ** k for k in range(half)], dtype=torch.float64), 0)
+    return (torch.cat([-reach.flip(0), torch.zeros(1, dtype=torch.float64), reach]),
+            torch.arange(target, dtype=torch.float64) - target // 2)
+
+
+def spline_basis(x, knots, degree):
+    """The B-splines of a degree at places x (n,) -> (n, len(knots) - degree - 1); recursion of Cox and de Boor."""
+    last = torch.searchsorted(knots, knots[-1]) - 1             # the last interval that is not empty: x may be its end
+    interval = (torch.searchsorted(knots, x, right=True) - 1).clamp(degree, last)
+    basis = F.one_hot(interval, len(knots) - 1).double()                                        # (n, intervals)
+    for d in range(1, degree + 1):
+        left = (x.unsqueeze(1) - knots[:-d - 1]) / (knots[d:-1] - knots[:-d - 1])
+        right = (knots[d + 1:] - x.unsqueeze(1)) / (knots[d + 1:] - knots[1:-d])
+        # Where knots coincide there is no interval, and its spline is 0.
+        basis = left.nan_to_num(0, 0, 0) * basis[:, :-1] + right.nan_to_num(0, 0, 0) * basis[:, 1:]
+    return basis
+
+
+def spline_weights(source, target):
+    """The interpolating cubic spline as a matrix (target, source): values at the old places -> at the new ones. Beyond
+    the outermost old places the value there counts."""
+    if source == 1:
+        return torch.ones(target, 1, dtype=torch.float64)
+    places, wanted = geometric_places(source, target)
+    degree, ends = min(3, source - 1), torch.ones(min(3, source - 1) + 1, dtype=torch.float64)
+    # "Not a knot": the second place and the last but one are none.
+    knots = torch.cat([places[0] * ends, places[2:-2], places[-1] * ends])
+    wanted = wanted.clamp(places[0], places[-1])
+    return torch.linalg.solve(spline_basis(places, knots, degree), spline_basis(wanted, knots, degree), left=False)
+
+
+def resize_relative_geometric(table, old, new):
+    """resize_relative as BEiT's dense tasks do it, for grids that grow a lot: a spline on a stretched axis.
+    table (rows, H) of the grid `old` -> of the grid `new`; the three rows of cls stay. One axis after the other."""
+    h, w = 2 * old[0] - 1, 2 * old[1] - 1
+    offsets = rearrange(table[:h * w].double(), "(h w) d -> d h w", h=h)
+    down, across = (spline_weights(2 * a - 1, 2 * b - 1) if a != b else torch.eye(2 * a - 1).double()
+                    for a, b in zip(old, new))
+    offsets = rearrange(down @ offsets @ across.T, "d h w -> (h w) d")
+    return torch.cat([offsets.to(table.dtype), table[h * w:]])
+
+
 class BeitAttention(Attention):
     """Attention that knows how far apart two tokens are.
 

@@ -1,7 +1,8 @@
 """
 What reads frozen features: k-NN votes, linear heads and how they learn, one or many at a time; how hits are counted.
 
-Functions of tensors alone; probe.py applies them. n, m images, b, B images at a time, D width, C classes, H heads.
+Functions of tensors alone; probe.py and dense/ apply them. n, m images, b, B images at a time, D width, C or K classes,
+H heads.
 """
 import math
 
@@ -26,6 +27,24 @@ def accuracies(counts):
     share = dict(test_acc1=right.sum() / images.sum(), test_acc5=five.sum() / images.sum(),
                  test_class_acc=(right / images)[images > 0].mean())
     return {name: round(100 * value.item(), 4) for name, value in share.items()}
+
+
+def pixel_areas(pred, truth, classes, ignored=255):
+    """Predicted and true classes (h, w) of an image -> counts of pixels (3, K): where both agree, predicted, true. What
+    is ignored counts nowhere. Counts add up, over images and processes: a mean of images' IoUs is another number."""
+    valid = truth != ignored
+    pred, truth = pred[valid].long(), truth[valid].long()                                       # (n,)
+    kinds = pred[pred == truth], pred, truth
+    return torch.stack([torch.bincount(kind, minlength=classes)[:classes] for kind in kinds])
+
+
+def pixel_scores(areas):
+    """Counts (3, K) -> IoU (K,) and accuracy (K,) of each class in percent, NaN where it has no pixel; and a dict of
+    mIoU and mAcc, the means over classes that have one, and aAcc, the accuracy of all pixels."""
+    both, pred, true = areas.cpu().double()
+    iou, acc = 100 * both / (pred + true - both), 100 * both / true
+    found = dict(mIoU=iou.nanmean(), aAcc=100 * both.sum() / true.sum(), mAcc=acc.nanmean())
+    return iou, acc, {name: round(value.item(), 4) for name, value in found.items()}
 
 
 def votes(train, train_labels, test, ks, classes, temperature=0.07):

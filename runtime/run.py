@@ -205,7 +205,7 @@ class Run:
     skipped                1.0, on the device, if the last step was not finite and so changed nothing; else 0.0
 
     datasets   opens --data -> the images to train on, and those to evaluate on or None; plans the steps, locks the
-               folder. shrink_batch: a set smaller than a batch makes the batch smaller
+               folder. shrink_batch: a set smaller than a batch makes the batch smaller; opened: both, if open already
     start      goes on from the folder's checkpoint, if it has one; compiles; wraps. encoder: what encoder.pt gets,
                dict(model=state dict, config=...); the tensors of a state dict are the network's own, and so are always
                up to date. features: images -> (B, D), what probes look at. ddp: options of DistributedDataParallel.
@@ -225,10 +225,10 @@ class Run:
         self.cfg, self.method = replace(cfg, dtype=precision(cfg.dtype, self.device)), method
         self.repeat, self.probe_every = getattr(cfg, "repeat", 1), getattr(cfg, "probe_every", None)
 
-    def datasets(self, shrink_batch=False):
+    def datasets(self, shrink_batch=False, opened=None):
         cfg = self.cfg
-        self.train, self.val = train, val = train_and_val(cfg.data, cfg.fraction, cfg.seed, cfg.download,
-                                                          cfg.in_chans, cfg.bits, cfg.value_range)
+        self.train, self.val = train, val = opened or train_and_val(
+            cfg.data, cfg.fraction, cfg.seed, cfg.download, cfg.in_chans, cfg.bits, cfg.value_range)
         parts = self.world * cfg.accum * self.repeat
         if len(train) < cfg.batch_size:
             self.cfg = cfg = self.smaller_batch(len(train), parts, shrink_batch)

@@ -235,3 +235,17 @@ def made_crops(count, size):
     coarse = F.interpolate(torch.rand(count, 3, 28, 28) * 255, (size, size), mode="bicubic")
     crops = coarse.clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
     return crops, [Image.fromarray(crop.numpy()) for crop in crops.permute(0, 2, 3, 1)]
+
+
+def slide(logits_of, img, window, stride, classes):
+    """Sliding windows as mmsegmentation has them: one after the other, each padded to the image's size and added."""
+    height, width = img.shape[-2:]
+    total, count = img.new_zeros(1, classes, height, width), img.new_zeros(1, 1, height, width)
+    for row in range(max(height - window + stride - 1, 0) // stride + 1):
+        for column in range(max(width - window + stride - 1, 0) // stride + 1):
+            bottom, right = min(row * stride + window, height), min(column * stride + window, width)
+            top, left = max(bottom - window, 0), max(right - window, 0)
+            logits = logits_of(img[:, :, top:bottom, left:right])
+            total += F.pad(logits, (left, width - right, top, height - bottom))
+            count[:, :, top:bottom, left:right] += 1
+    return total / count

@@ -8,6 +8,7 @@ python -m tools.bench ROW ...        these rows alone:
     tokens                           a step with a teacher of timm's, against its forward and the student's step alone
     esvit-loss                       EsViT's losses alone, at several numbers of prototypes
     hog                              HOG of 64 images, against a loop over them, and scikit-image's if it is installed
+    segment                          sliding windows over an image, against each window alone as mmsegmentation has them
     views                            MoCo v3's two views of a batch of crops, against Pillow and torchvision
     knn sweep cka                    k-NN for four k at once; 20 linear heads at once; CKA of all layers of two ViTs
     index                            a tar of 1,281,000 entries: gone through once, then opened from its index
@@ -41,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+from dense.segment import Segmenter
 from distill import DistilledMAE, Teacher, TokenStudent, TokenTeacher
 from esvit import EsViT, Network, Outputs
 from images.augment import IMAGENET_MEAN, IMAGENET_STD, normalize, random_flip
@@ -57,6 +59,7 @@ from nets.hog import hog
 from nets.masks import Masks
 from runtime.options import fail
 from runtime.run import DTYPES, decay_groups, finite_step, launch, setup
+from runtime.windows import slide
 from tools import pack
 from tools.analyze import cka_of, gram, hsic, tokens_of
 from vit import MODELS, SWINS, Swin, ViT
@@ -516,6 +519,21 @@ def both_rows(cfg):
         yield make_row(spent, batch * count, source=name, batch=batch, workers=workers, **waiting)
 
 
+def segment_rows(cfg, window=224, stride=149):
+    """Logits of one image of 448 x 600 pixels by 12 windows: ViT-Tiny with Semantic-FPN, 150 classes. The second row is
+    against our own windows one after the other."""
+    model = Segmenter(ViT(**MODELS["vit_tiny"], img_size=window), 150).to(cfg.device).eval()
+    img = torch.randn(1, 3, 448, 600, device=cfg.device)
+    ours = partial(slide, model.logits, img, (window, window), (stride, stride))
+    others = {"mmsegmentation's": partial(textbook_steps.slide, model.logits, img, window, stride, 150),
+              "each alone": partial(ours, batch=1)}
+    for name, other in others.items():
+        with torch.no_grad():
+            spent, found = in_turns(dict(textbook=other, ours=ours), cfg.pairs, cfg.device)
+        torch.testing.assert_close(found["ours"], found["textbook"], rtol=1e-3, atol=1e-3)
+        yield make_row(spent, images=1, against=name, window=window, stride=stride)
+
+
 def knn_rows(cfg, count=50_000, tests=5_000, dim=384, classes=10):
     """The k-NN accuracy of 5,000 features among 50,000, for several k and for one."""
     x, y = textbook_steps.blobs(count + tests, dim, classes, cfg.device)
@@ -547,8 +565,8 @@ def sweep_rows(cfg, count=10_000, dim=192, classes=10, epochs=20):
 # ----------------------------------------------------------------------------------------------------------------
 
 ROWS = {**{name: partial(step_rows, name=name) for name in PLANS}, "tokens": tokens_rows, "views": views_rows,
-        "hog": hog_rows, "knn": knn_rows, "sweep": sweep_rows, "index": index_rows, "input": input_rows,
-        "both": both_rows,
+        "hog": hog_rows, "segment": segment_rows, "knn": knn_rows, "sweep": sweep_rows, "index": index_rows,
+        "input": input_rows, "both": both_rows,
         "augment": partial(input_rows, kinds=("augmented", "timm"), workers=[0], crossed=False)}
 OF_IMAGES = ("input", "both", "augment")                        # these need --data
 
