@@ -168,12 +168,15 @@ class HieraMAE(Hiera):
         x = self.decoder_embed(latent).flatten(1, 2)                                            # (B, K * c, E)
         seen, cells = x.shape[1], self.decoder_pos_embed.shape[1]                               # K * c, U * c
         x = torch.cat([x, self.mask_token.expand(len(x), cells - seen, -1)], 1)                 # (B, U * c, E)
-        cells = unit_index(*self.grid, self.cell_rounds, x.device)[order].flatten(1)            # (B, U * c)
-        x = x + gather_tokens(self.decoder_pos_embed, cells)
+        x = x + gather_tokens(self.decoder_pos_embed, self.cells_of(order))
         for block in self.decoder_blocks[:-1]:
             x = block(x)                                                                        # (B, U * c, E)
         x = self.decoder_blocks[-1](x, first=seen)                                              # (B, (U - K) * c, E)
         return self.decoder_pred(self.decoder_norm(x))
+
+    def cells_of(self, units):
+        """Numbers of units (B, n) -> the numbers, in reading order, of their cells, (B, n * c)."""
+        return unit_index(*self.grid, self.cell_rounds, units.device)[units].flatten(1)
 
     def pixel_error(self, img, latent, order):
         """The error of the hidden cells, in fp32 under autocast, from the encoder's tokens of the visible units."""
@@ -182,8 +185,7 @@ class HieraMAE(Hiera):
     def target(self, img, units):
         """Images, numbers of units (B, n) -> the pixels of their cells, standardised cell by cell, (B, n * c, C*p*p):
         channels, rows, columns, as in the official Hiera; MAE's ViT has channels last."""
-        cells = unit_index(*self.grid, self.cell_rounds, img.device)[units].flatten(1)          # (B, n * c)
-        x = patchify(img, self.cell, cells)                                                     # (B, n * c, C*p*p)
+        x = patchify(img, self.cell, self.cells_of(units))                                      # (B, n * c, C*p*p)
         # (x - mean) / sqrt(var + 1e-6), unbiased variance of a cell's n values: a layer norm but for a constant.
         shrink = (x.shape[-1] - 1) / x.shape[-1]
         return F.layer_norm(x, x.shape[-1:], eps=1e-6 * shrink) * shrink ** 0.5
@@ -204,3 +206,162 @@ class HieraMAE(Hiera):
         state = {k: v for k, v in self.state_dict().items() if not k.startswith(names)}
         state |= {"norm.weight": torch.ones(self.width), "norm.bias": torch.zeros(self.width)}
         return dict(model=state, config=dict(self.config, final_norm="fresh: weight 1, bias 0"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A teacher
+
+
+def compared(hiera, kind, number):
+    """What is compared at a layer: its channels, heads ("attention") or width ("hidden"), and how often queries and keys
+    were pooled before. ValueError for attention within mask units, which is of other tokens."""
+    block, before = hiera.blocks[number - (kind == "attention")], sum(b.attn.pool for b in hiera.blocks[:number])
+    if kind == "hidden":
+        return block.norm1.normalized_shape[0], before, before
+    if block.attn.within:
+        raise ValueError(f"--distill-layers: block {number} of {hiera.depth} attends within mask units; name later ones")
+    return block.attn.heads, before, before - block.attn.pool
+
+
+class HieraTeacher(FileOfRun):
+    """A frozen Hiera; called, it gives what a student is compared with. No module, so that no checkpoint holds its
+    weights. path: its file, which checkpoints remember; pairs: see distill.layer_pairs. ValueError as `compared`."""
+
+    def __init__(self, path, hiera, pairs):
+        super().__init__(path)
+        self.hiera, self.pairs = hiera.requires_grad_(False).eval(), pairs
+        self.attention, self.hidden = ([theirs for _, theirs in pairs[kind]] for kind in ("attention", "hidden"))
+        self.layers = [compared(hiera, kind, theirs) for kind in pairs for _, theirs in pairs[kind]]
+        last, self.extra = max(self.attention + [number + 1 for number in self.hidden]), None
+        if last in self.attention:                              # the same targets, less work: it ends at these logits
+            self.extra, hiera.blocks = LogitsBlock(hiera.blocks[last - 1]), hiera.blocks[:last - 1]
+
+    @torch.no_grad()
+    def __call__(self, img, keep):
+        """Normalised images (B, C, h, w), units to see (B, K) -> the teacher's targets, a list."""
+        with torch.autocast(img.device.type, enabled=False):    # its weights have the precision themselves
+            x = self.hiera.embed(img.to(self.hiera.pos_embed.dtype), keep)                      # (B, K, T, D)
+            return run_blocks(self.hiera, x, self.attention, self.hidden, self.extra)[1]
+
+
+class DistilledHieraMAE(nn.Module):
+    """A HieraMAE that predicts the hidden units, and attends to the visible ones as its teacher does. weight: of each
+    pair of layers, beside the pixels' 1."""
+
+    def __init__(self, model, teacher, weight=1.0):
+        super().__init__()
+        self.model, self.teacher, self.weight, self.adapters = model, teacher, weight, nn.ModuleList()
+        self.attention, self.hidden = ([ours for ours, _ in teacher.pairs[kind]] for kind in ("attention", "hidden"))
+        numbers = [(kind, ours) for kind in teacher.pairs for ours, _ in teacher.pairs[kind]]
+        for (kind, number), theirs in zip(numbers, teacher.layers):
+            ours = compared(model, kind, number)
+            if ours[1:] != theirs[1:]:
+                raise ValueError(f"--distill-layers: the student's {number} is on another map than the teacher's layer")
+            # As in MAE-Lite: over the heads, or over the width; without bias, and thrown away in the end.
+            adapter = nn.Conv2d(ours[0], theirs[0], 1, bias=False) if kind == "attention" else None
+            self.adapters.append(adapter or nn.Linear(ours[0], theirs[0], bias=False))
+
+    def compare(self, img, order):
+        """Both see the same units -> the student's tokens at the end of each stage, the error of each pair (P,)."""
+        self.targets = self.teacher(img, order[:, :self.model.visible])         # also kept for the log
+        ends, outputs = run_blocks(self.model, self.model.embed_visible(img, order), self.attention, self.hidden)
+        pairs = zip(self.adapters, outputs, self.targets)
+        return ends, torch.stack([F.mse_loss(adapter(x).float(), target.float()) for adapter, x, target in pairs])
+
+    def forward(self, img, order):
+        """Images (B, C, h, w), order of their units (B, U), visible ones first -> loss ()."""
+        ends, errors = self.compare(img, order)
+        pixels, distill = self.model.pixel_error(img, self.model.fuse(ends), order), errors.sum()           # (), ()
+        self.parts = dict(pixels=pixels.detach(), distill=distill.detach())     # for the log
+        return pixels + self.weight * distill
+
+    def metrics(self, img, order):
+        """For the log: the loss by chance, and the share of the teacher's targets in it."""
+        distill_chance = chance_error(self.targets)
+        chance = self.model.metrics(img, order)["chance"] + self.weight * distill_chance
+        return dict(chance=chance, distill_chance=distill_chance)
+
+
+def add_teacher(cfg, model, run):
+    """The model with --distill-teacher beside it, and that teacher."""
+    path, student = cfg.distill_teacher, dict(model.config, unit=model.unit, mean=run.mean, std=run.std)
+    file = weights.read(path)
+    options = weights.hiera_options(file, cfg.teacher_heads, "--teacher-heads")
+    theirs = dict(options, unit=options["patch_size"] << len(options["stages"]) - 1)
+    theirs |= {name: tuple(file.config.get(name) or student[name]) for name in ("mean", "std")}
+    for name in ("patch_size", "unit", "in_chans", "mean", "std"):
+        if theirs[name] != student[name]:
+            fail(f"{path} has {name} {theirs[name]}, the student {student[name]}: both see the same mask units, so these "
+                 "must agree")
+    first = int(cfg.distill == "hidden")                        # states are counted from 0
+    pairs = layer_pairs(cfg.distill_layers, cfg.distill, model.depth - first, sum(options["stages"]) - first)
+    with value_errors_exit():                                   # no weight depends on how often it pools
+        hiera = weights.build(options | {name: student[name] for name in ("q_pool", "img_size")})
+        weights.load_into(hiera, file, print_rank0)
+        teacher = HieraTeacher(path, hiera.to(run.device, DTYPES[run.cfg.dtype]), pairs)
+        return DistilledHieraMAE(model, teacher, cfg.distill_weight), teacher
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@torch.no_grad()
+def draw(model, source, mean, std, path, count=8):
+    """Save a sheet with a row for each of `count` images, always the same: image, what the encoder sees, completed. The
+    mean and deviation of a hidden cell are not predicted, so the true ones are used."""
+    crops = CenterCrops(source, model.config["img_size"], model.config["in_chans"])
+    torch.manual_seed(0)                                        # always the same; every step seeds torch anew
+    chosen = torch.randperm(len(source))[:count]
+    img = normalize(crops.__getitems__(chosen.tolist())[0].to(model.pos_embed.device), mean, std)
+    order = model.random_order(len(img), img.device)
+    pred = model.decode(model.fuse(run_blocks(model, model.embed_visible(img, order))[0]), order)
+    cells = model.cells_of(order[:, model.visible:]).unsqueeze(2).expand_as(pred)               # (B, n, C*p*p)
+    patches = patchify(img, model.cell)                                                         # (B, N, C*p*p)
+    var, mu = torch.var_mean(patches.gather(1, cells), -1, keepdim=True)
+    pred = pred * (var + 1e-6).sqrt() + mu
+    columns = {"image": patches, "visible": patches.scatter(1, cells, 0.0),         # a normalised 0 is the mean colour
+               "completed": patches.scatter(1, cells, pred)}
+    for title, x in columns.items():                            # cells back to images
+        x = rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=model.grid[0], p=model.cell, q=model.cell)
+        columns[title] = denormalize(x, mean, std).cpu()
+    return save_sheet(columns, "hidden cells are drawn with their true mean and deviation", path)
+
+
+def main(argv=None):
+    cfg = parse(Config, "hiera_mae", __doc__, RECIPES, DEMO, argv)
+    run = Run(cfg, "hiera_mae")
+    train, val = run.datasets()
+    with value_errors_exit():
+        shape = dict(heads=cfg.heads, patch_size=cfg.patch_size, img_size=cfg.img_size, in_chans=cfg.in_chans,
+                     mlp_ratio=weights.init_mlp_ratio(cfg) if cfg.init else 4.0)
+        model = HieraMAE(cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads, cfg.mask_ratio,
+                         **HIERAS[cfg.model] | shape)
+    if run.init:                                                # a new run, and --init was given
+        weights.load_into(model, weights.read(run.init), print_rank0)
+    trained, teacher = model, None
+    if cfg.distill_teacher:
+        trained, teacher = add_teacher(cfg, model, run)
+    trained = trained.to(run.device)
+    optimizer = torch.optim.AdamW(decay_groups(trained, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
+    net = run.start(trained, optimizer, model.encoder_checkpoint(), model.features, teacher=teacher)
+    picture = partial(draw, model, val or train, run.mean, run.std, os.path.join(cfg.out, "recon.png"))
+
+    for step, passes in run.steps(run.random_crops()):
+        run.set_lr(warmup_cosine(step, run.total, run.warmup, run.peak))
+        for img, _ in passes:                                   # uint8 crops on the device
+            img = normalize(random_flip(img), run.mean, run.std)                                # (B, C, h, w)
+            order = model.random_order(len(img), run.device)                                    # (B, U), visible first
+            with run.autocast():
+                loss = net(img, order)                                                          # ()
+            run.backward(loss, **trained.parts)
+        run.update(metrics=partial(trained.metrics, img, order))
+        if run.rank == 0 and run.due(cfg.picture_every, step + 1) and step + 1 < run.total:
+            picture()
+    if run.rank == 0 and cfg.picture_every:
+        picture()
+    run.finish(", recon.png" if cfg.picture_every else "")
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -97,7 +97,7 @@ class HieraAttention(Attention):
 
     def logits(self, x):
         """Tokens x (B, U, T, D) -> the attention before its softmax, (B, H, N, N) of all, (B * U, H, T, T) of units."""
-        D = self.proj.in_features                               # values are not needed, so not computed
+        D = self.qkv.out_features // 3                          # values are not needed, so not computed
         q, k = self.queries_keys(*F.linear(x, self.qkv.weight[:2 * D], self.qkv.bias[:2 * D]).chunk(2, -1))
         return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q is scaled first: fp16 sums would overflow
 

@@ -164,10 +164,10 @@ def shorten(cfg, given, recipe):
 
 
 def model_options(name):
-    """What a model's name decides and an option may change: heads of a ViT, window of a Swin, patch size."""
+    """What a model's name decides and an option may change: heads of a ViT, window of a Swin, patch size. {} of others."""
     if name in SWINS:
         return dict(window=7, patch_size=4) | {k: v for k, v in SWINS[name].items() if k in ("window", "patch_size")}
-    return {k: MODELS[name][k] for k in ("heads", "patch_size")}
+    return {k: v for k, v in MODELS.get(name, {}).items() if k in ("heads", "patch_size")}
 
 
 def parse(Config, name, doc, recipes, demo, argv=None):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from golden import FOLDER, Golden, close, close_grads, close_losses
 
-from more.hiera_mae import HieraMAE, run_blocks
+from more.hiera_mae import DistilledHieraMAE, HieraMAE, HieraTeacher, run_blocks
 from nets.hiera import HIERAS, Hiera, resize_unit_positions, unit_index
 from runtime.run import decay_groups, finite_step, warmup_cosine
 
@@ -184,3 +184,53 @@ def test_mask_rule(name):
                 order = g("input/noise").argsort(1)
                 kept = torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, :model.visible], True)
                 assert torch.equal(kept, g(f"out/keep_{ratio}").bool())
+
+
+@each_recording("hiera_distill_*")
+def test_distillation_and_every_gradient_match_mae_lite(name, tmp_path):
+    g = recording(name)
+    c, state, file = g.config, g.under("state"), tmp_path / "teacher.pth"
+    torch.save({}, file)
+    size = dict(norm_eps=c["norm_eps"], **c["common"])
+    model = mae_of(dict(size, mask_ratio=c["mask_ratio"], **c["student"]))
+    hiera = network(dict(size, **c["teacher"]))
+    fit = hiera.load_state_dict({k[10:]: v for k, v in state.items() if k.startswith("tch_model.")}, strict=False)
+    assert set(fit.missing_keys) == {"norm.weight", "norm.bias"}
+    assert all(key.startswith(("encoder_norm", "multi_scale_fusion_heads")) for key in fit.unexpected_keys)
+    pairs = {kind: list(zip(c[f"distill_{short}_idx"], c[f"tch_distill_{short}_idx"]))
+             for kind, short in (("attention", "attn"), ("hidden", "hidden"))}
+    student = DistilledHieraMAE(model, HieraTeacher(str(file), hiera, pairs))
+    names = [f"attn_adapter.adapter{ours - 1}.weight" for ours, _ in pairs["attention"]]
+    names += [f"hidden_adapter.adapter{ours}.weight" for ours, _ in pairs["hidden"]]
+    rename = {f"adapters.{i}.weight": theirs for i, theirs in enumerate(names)}
+    student.load_state_dict({k: state[rename.get(k, k)] for k in student.state_dict()})
+
+    img, keep = g("input/imgs"), g("rand/noise").argsort(1)[:, :model.visible].sort(1).values
+    kept = torch.zeros(g("rand/noise").shape, dtype=torch.bool).scatter(1, keep, True)
+    assert torch.equal(kept, g("out/mask_keep").bool())
+    order = order_of(kept)
+    x = model.embed_visible(img, order)
+    outputs = run_blocks(model, x, student.attention, student.hidden)[1]
+    targets = student.teacher(img, keep)
+    for i, (kind, ours, theirs) in enumerate((kind, *pair) for kind in pairs for pair in pairs[kind]):
+        for x, key in ((outputs[i], f"student_{{}}{ours}"), (targets[i], f"teacher_{{}}{theirs}")):
+            to = (torch.arange(x.shape[2 if kind == "attention" else 1]).view(model.visible, -1).T).flatten()
+            if kind == "attention":                             # the official order of tokens, units fastest
+                close(x[:, :, to][:, :, :, to].unsqueeze(2), g(f"out/{key.format('attn')}"), 5e-5)
+            else:
+                close(x[:, to], g(f"out/{key.format('hidden')}"), 5e-5)
+    ends, errors = student.compare(img, order)
+    pixels, attn = model.pixel_error(img, model.fuse(ends), order), errors[:len(pairs["attention"])].sum()
+    hidden = errors[len(pairs["attention"]):].sum()
+    loss = pixels + c["distill_attn_alpha"] * attn + c["distill_hidden_alpha"] * hidden
+    close(pixels, g("out/loss_rec"), 5e-5)
+    close(attn, g("out/loss_attn"), 5e-5)
+    close(loss, g("out/loss"), 5e-5)
+    if pairs["hidden"]:
+        close(hidden, g("out/loss_hidden"), 5e-5)
+    elif c["distill_attn_alpha"] == 1:
+        close(student(img, order), g("out/loss"), 5e-5)
+    loss.backward()
+    grads = {new: g("grad/" + old) for new, old in rename.items()}
+    grads |= {k: v for k, v in g.under("grad").items() if "adapter" not in k}
+    close_grads(student, grads, 5e-4)
