@@ -1,8 +1,8 @@
 """
 Hiera: a hierarchical vision transformer of nothing but plain blocks and max-pooling. https://arxiv.org/abs/2306.00989
 
-As in a Swin, the first map is fine and the last one coarse and wide. But its windows never move: each is a mask unit, the
-32 x 32 pixels that an MAE hides or shows as one. So hidden units can be left out before the first block.
+As in a Swin, maps get coarser and wider. But windows never move: each is a mask unit, the 32 x 32 pixels that an MAE
+hides or shows as one. So hidden units can be left out before the first block.
 
 How tokens are ordered ("unroll" in the official code). Once, after the embedding, the tokens of each unit are put into
 an order in which pooling needs no map. A unit of 4 x 4 tokens, numbered row by row:
@@ -15,10 +15,8 @@ an order in which pooling needs no map. A unit of 4 x 4 tokens, numbered row by 
 
 To pool is to take the maximum over the four quarters. What is left are the squares in reading order; in a larger unit
 they are in an order of the same kind, so that 8 x 8 tokens can be pooled three times: 64, 16, 4, 1. Tokens are (B, U,
-T, D), units in reading order and the tokens of each: attention within units has (B, U) as its batch, global attention
-is over (U T), and hidden units are rows left out. (Officially units are the fastest axis. No weight depends on it; here
-the tokens of a unit lie side by side.)
-
+T, D): attention within units has (B, U) as its batch, global attention is over (U T), and hidden units are rows that are
+left out. (Officially units are the fastest axis. No weight depends on it, and here a unit's tokens lie side by side.)
 Shapes at the ends of lines: see vit.py; U mask units, T tokens of a unit.
 """
 from collections import OrderedDict
@@ -43,8 +41,8 @@ HIERAS = {
 
 
 def unit_index(height, width, rounds, device):
-    """Of a map (height, width), the numbers in reading order of each unit's tokens, in the order of the drawing above,
-    (U, 4 ** rounds). A unit has 2 ** rounds tokens on a side."""
+    """The tokens of each unit of a map, in the order of the drawing, by their numbers in reading order, (U, 4 ** rounds).
+    A unit has 2 ** rounds tokens on a side."""
     index = torch.arange(height * width, device=device).view(height, width)
     index = rearrange(index, "(h y) (w x) -> (h w) 1 y x", y=2 ** rounds, x=2 ** rounds)        # (U, 1, side, side)
     for _ in range(rounds):                                     # of each 2 x 2 square all top lefts come first, ...
@@ -122,20 +120,15 @@ class HieraBlock(Block):
         return self.add(x, self.mlp(self.norm2(x)))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The network
-
 class Hiera(nn.Module):
     """Hiera: image -> tokens in mask units -> one feature vector -> logits.
 
-    img_size        one number or (height, width) in pixels, multiples of a unit's 32 (ValueError); see resize_unit_
-                    positions for images of other such sizes
+    img_size        one number or (height, width) in pixels, multiples of a unit's 32 (ValueError)
     dim, heads      of the first stage. stages: blocks of each
     q_pool          stages that begin by pooling: all but the first (default), or fewer. No weight depends on it
     mask_unit_attn  for each stage, whether attention stays within units (default: in the first two). The first block of
                     a stage still does as the stage before, as published
-    num_classes     0: forward gives the (B, D) feature; else logits, where the official code gives probabilities in
-                    eval mode
+    num_classes     0: forward gives the (B, D) feature; else logits, not probabilities as officially in eval mode
     """
 
     def __init__(self, img_size=224, patch_size=4, in_chans=3, dim=96, stages=(1, 2, 7, 2), heads=1, mlp_ratio=4.0,
@@ -163,13 +156,10 @@ class Hiera(nn.Module):
                 self.blocks.append(HieraBlock(dim, dim << first, heads << stage, within, first and stage <= q_pool,
                                               mlp_ratio, rate, eps))
                 dim, within = dim << first, mask_unit_attn[stage]
-        self.width, self.norm, self.head = dim, nn.LayerNorm(dim, eps=eps), nn.Identity()
-        if num_classes:
-            self.head = nn.Sequential(OrderedDict(projection=nn.Linear(dim, num_classes)))
-        self.init_weights()
+        head = [("projection", nn.Linear(dim, num_classes))] if num_classes else []
+        self.width, self.norm, self.head = dim, nn.LayerNorm(dim, eps=eps), nn.Sequential(OrderedDict(head))
 
-    def init_weights(self):
-        """The published start: biases of linear layers and norms are 0.02, and a head says nearly nothing."""
+        # The published start: biases of linear layers and norms are 0.02, and a head says nearly nothing.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -184,9 +174,8 @@ class Hiera(nn.Module):
         if height % self.unit or width % self.unit:
             raise ValueError(f"mask units of {self.unit} pixels do not tile a {height}x{width} image: its sides must "
                              f"be multiples of {self.unit}")
-        h, w = height // self.patch_size, width // self.patch_size
-        pooled = [min(stage, self.config["q_pool"]) for stage in range(self.rounds + 1)]
-        return [(h >> times, w >> times) for times in pooled]
+        sides = [self.patch_size << min(stage, self.config["q_pool"]) for stage in range(self.rounds + 1)]
+        return [(height // side, width // side) for side in sides]
 
     def embed(self, img, keep=None):
         """Images (B, C, height, width) -> tokens unit by unit (B, U, T, D); with keep (B, K) those of these units,
@@ -198,15 +187,15 @@ class Hiera(nn.Module):
             index = index.expand(len(img), -1, -1)                                              # (B, U, T)
         else:                                                   # the convolution looks beyond a unit's edges: blank all
             seen = torch.zeros(len(img), len(index), device=img.device, dtype=img.dtype).scatter(1, keep, 1.0)
-            seen = rearrange(seen, "b (h w) -> b 1 h 1 w 1", w=img.shape[-1] // self.unit)
-            img = rearrange(img, "b c (h y) (w x) -> b c h y w x", y=self.unit, x=self.unit) * seen
-            img, index = rearrange(img, "b c h y w x -> b c (h y) (w x)"), index[keep]          # (B, K, T)
+            seen = rearrange(seen, "b (h w) -> b 1 h w", h=img.shape[-2] // self.unit)
+            img = img * F.interpolate(seen, scale_factor=self.unit)                             # the mean colour
+            index = index[keep]                                                                 # (B, K, T)
         x = rearrange(self.patch_embed(img), "b d h w -> b (h w) d") + pos                      # (B, h * w, D)
         return gather_tokens(x, index.flatten(1)).unflatten(1, index.shape[1:])                 # (B, U or K, T, D)
 
     def reading_order(self, x, units):
         """Tokens (B, U, T, D) of units (h, w) down and across -> in reading order (B, U * T, D)."""
-        rounds = (x.shape[2].bit_length() - 1) // 2             # T is 4 ** rounds
+        rounds = x.shape[2].bit_length() // 2                   # T is 4 ** rounds
         index = unit_index(units[0] << rounds, units[1] << rounds, rounds, x.device)            # (U, T)
         return x.flatten(1, 2)[:, index.flatten().argsort()]
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from golden import FOLDER, Golden, close, close_grads, close_losses
 
-from more.hiera_mae import DistilledHieraMAE, HieraMAE, HieraTeacher, run_blocks
+from more.hiera_distill import DistilledHieraMAE, HieraTeacher, run_blocks
+from more.hiera_mae import HieraMAE
 from nets.hiera import HIERAS, Hiera, resize_unit_positions, unit_index
 from runtime.run import decay_groups, finite_step, warmup_cosine
 
