@@ -9,11 +9,20 @@ import tarfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from textbook import TextbookCKA, TextbookDistilled, TextbookEsViT, TextbookImages, TextbookMAE, TextbookMoCo
+from textbook import (
+    TextbookCKA,
+    TextbookDistilled,
+    TextbookEsViT,
+    TextbookHieraMAE,
+    TextbookImages,
+    TextbookMAE,
+    TextbookMoCo,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
 from mae import MAE, RECIPES
+from nets.hiera import HIERAS
 from runtime.run import DTYPES, decay_groups
 from vit import MODELS, SWINS
 
@@ -60,7 +69,13 @@ def esvit(case, ours, inputs, device):
     return model, lambda *images: model(images, crops, 0.04), [x.flatten(0, 1) for x in images]
 
 
-NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit)
+def hiera(case, ours, inputs, device):
+    model = TextbookHieraMAE(**HIERAS["hiera_lite"]).to(device)
+    model.load_ours(ours)
+    return model, model, inputs
+
+
+NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit, hiera=hiera)
 
 
 class TextbookStep:

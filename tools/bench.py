@@ -4,6 +4,7 @@ Speed as ratios: a row times ours and the textbook's in the same process, in tur
 python -m tools.bench --data SET     every row but index; writes results/bench-DATE-MACHINE.json
 python -m tools.bench ROW ...        these rows alone:
     step distill moco esvit          an optimizer step on fixed images: MAE, D-MAE, MoCo v3, EsViT with Swin-T
+    hiera networks                   a step of hiera_lite's MAE; images a second of Hiera, ViT-Tiny and Swin-lite
     tokens                           a step with a teacher of timm's, against its forward and the student's step alone
     esvit-loss                       EsViT's losses alone, at several numbers of prototypes
     views                            MoCo v3's two views of a batch of crops, against Pillow and torchvision
@@ -46,7 +47,10 @@ from images.mixing import erase
 from images.randaugment import AugmentedCrops
 from mae import MAE, RECIPES
 from moco_v3 import MoCo, two_views
+from more.hiera_mae import RECIPES as HIERA_MAE
+from more.hiera_mae import HieraMAE
 from nets.heads import accuracies, knn_counts, sweep
+from nets.hiera import HIERAS, Hiera
 from nets.timm_vit import save_random_timm_vit
 from runtime.options import fail
 from runtime.run import DTYPES, decay_groups, finite_step, launch, setup
@@ -196,7 +200,17 @@ def esvit_case(case, device):
     return model, loss_of, (images,)
 
 
-NETWORKS = dict(step=mae_case, distill=mae_case, moco=moco_case, esvit=esvit_case)
+def hiera_case(case, device):
+    """The MAE of hiera_lite, see mae_case."""
+    options = {name: HIERA_MAE["hiera_lite"][name] for name in
+               ("decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio")}
+    model = HieraMAE(**options, **HIERAS["hiera_lite"]).to(device)
+    torch.manual_seed(1)
+    inputs = torch.randn(case.batch, 3, 224, 224, device=device), torch.rand(case.batch, model.units, device=device)
+    return model, lambda img, noise: model(img, noise.argsort(1)), inputs
+
+
+NETWORKS = dict(step=mae_case, distill=mae_case, moco=moco_case, esvit=esvit_case, hiera=hiera_case)
 
 
 class Step:
@@ -336,6 +350,7 @@ def compare(cfg, case, modes, gflops):
 # Images per step on a CPU and on a GPU; numbers of prototypes. 1,152 images are 9 batches of CKA.
 PLANS = {"step": ((16, 64, 256), (256, 1024), [0]), "distill": ((16, 64), (256, 1024), [0]),
          "moco": ((16, 64), (256, 1024), [0]), "esvit": ((2, 4), (32,), [65536]),
+         "hiera": ((16, 64), (256, 1024), [0]),
          "esvit-loss": ((8,), (32,), [4096, 16384, 65536]), "cka-gram": ((128,), (128,), [0]),
          "cka": ((128,), (128,), [0])}
 
@@ -380,6 +395,19 @@ def tokens_rows(cfg, name="vit_small_patch14_reg4_dinov2"):
         spent, _ = in_turns(calls, cfg.pairs, cfg.device)
         spent["parts"] = [a + b for a, b in zip(spent["teacher"], spent["student"])]
         yield make_row(spent, batch, textbook="parts", batch=batch)
+
+
+@torch.no_grad()
+def networks_rows(cfg):
+    """Features of images of 224 pixels, without gradients, by lightweight networks; the ratio is ViT-Tiny's time over
+    Hiera's."""
+    for batch in cfg.batch or ((256,) if cfg.gpu else (16,)):
+        img = torch.randn(batch, 3, 224, 224, device=cfg.device)
+        nets = dict(vit_tiny=ViT(**MODELS["vit_tiny"]), swin_lite=Swin(**SWINS["swin_lite"]),
+                    hiera_lite=Hiera(**HIERAS["hiera_lite"]))
+        calls = {name: partial(net.eval().to(cfg.device), img) for name, net in nets.items()}
+        spent, _ = in_turns(calls, cfg.pairs, cfg.device)
+        yield make_row(spent, batch, ours="hiera_lite", textbook="vit_tiny", batch=batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -499,6 +527,7 @@ def sweep_rows(cfg, count=10_000, dim=192, classes=10, epochs=20):
 # ----------------------------------------------------------------------------------------------------------------
 
 ROWS = {**{name: partial(step_rows, name=name) for name in PLANS}, "tokens": tokens_rows, "views": views_rows,
+        "networks": networks_rows,
         "knn": knn_rows, "sweep": sweep_rows, "index": index_rows, "input": input_rows, "both": both_rows,
         "augment": partial(input_rows, kinds=("augmented", "timm"), workers=[0], crossed=False)}
 OF_IMAGES = ("input", "both", "augment")                        # these need --data
