@@ -148,7 +148,7 @@ def stage_starts(state):
     return sorted(int(match[1]) for match in found if match)
 
 
-def hiera_options(state, config, heads=None, flag="--heads"):
+def hiera_shape(state, config, heads=None, flag="--heads"):
     """The options of a Hiera that its tensors and its stored options show; heads, if given (by the option `flag`), wins.
     The last stage does not pool in the network of an MAE, which has convolutions for all stages that are pooled after.
     ValueError when the tensors are none of a Hiera's, or nothing tells the heads or the image size."""

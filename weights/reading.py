@@ -192,7 +192,7 @@ def read(path, key=None):
             refuse(path, f"has {foreign}, which the network here has no place for{layouts.AS_TEACHER}")
         layout = (f"under {places[0]!r}" if places else "a bare state dict") + (prefix and f", behind {prefix!r}")
         weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
-        for part in PARTS[kind_of(weights)]:
+        for part in NEEDED[kind_of(weights)]:
             if not any(k.startswith(part.split()[0]) for k in state):
                 refuse(path, f"is no plain vision transformer, Swin or Hiera: it has no {part}, but {summary(state)}"
                              f"{layouts.AS_TEACHER}")
@@ -240,7 +240,7 @@ def summary(names):
 # What network a file holds
 
 # What a file of each kind of network has, beside patch_embed.
-PARTS = dict(ViT=("blocks", "pos_embed (positions)", "cls_token"), Swin=(), Hiera=("pos_embed (positions)",))
+NEEDED = dict(ViT=("blocks", "pos_embed (positions)", "cls_token"), Swin=(), Hiera=("pos_embed (positions)",))
 
 
 def kind_of(weights):
@@ -326,11 +326,11 @@ def swin_options(weights):
 
 
 def hiera_options(weights, heads=None, flag="--heads"):
-    """The options of Hiera that a file shows, see naming.hiera_options. SystemExit when it is none."""
+    """The options of Hiera that a file shows, see naming.hiera_shape. SystemExit when it is none."""
     if kind_of(weights) != "Hiera":
         refuse(weights.path, f"is a {kind_of(weights)}, and here a Hiera is expected")
     try:
-        return naming.hiera_options(weights.state, weights.config, heads, flag) | dict(mlp_ratio=mlp_ratio_of(weights))
+        return naming.hiera_shape(weights.state, weights.config, heads, flag) | dict(mlp_ratio=mlp_ratio_of(weights))
     except ValueError as error:
         refuse(weights.path, str(error))
 
