@@ -33,7 +33,7 @@ from runtime.options import TrainingOptions, fail, opt, value_errors_exit
 from runtime.probes import encoded
 from runtime.run import DTYPES, Run, launch, print_rank0, setup, warmup_cosine
 from vit import MODELS, SWINS, Swin, pair
-from weights import encoder_options, init_mlp_ratio, kind_of, layer_of, load_classifier, load_into, read, summary, swin_options
+from weights import encoder_options, init_mlp_ratio, kind_of, layer_of, load_classifier, load_into, read, summary
 
 # Published values, but for "small", which is ours (results/finetune-cifar10). Every row stands on the one it names.
 IMPROVED = dict(epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw", blr=1e-3, weight_decay=0.05,
@@ -64,6 +64,7 @@ RECIPE_OF = dict(vit_mini="small", vit_midi="small", vit_tiny="improved", vit_sm
                  **dict.fromkeys(HIERAS, "hiera") | dict(hiera_mini="small"))
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48, 48), patch_size=8, fraction=0.1, epochs=8, batch_size=64,
             lr=1e-3, min_crop=0.6, eval_every=4, workers=1, log_every=60, out="out/finetune-demo")
+NETWORKS = *MODELS, *SWINS, *HIERAS
 ONLY_VIT = {"pool", "relative", "layer_scale", "key_bias", "distill_teacher"}       # options of no other network
 PER_CLASS = {"aircraft", "caltech101", "flowers102", "pets"}        # their papers report the mean over classes
 RESULT = "top-1 {test_acc1:.3f}%, top-5 {test_acc5:.3f}%, mean of classes {test_class_acc:.3f}%, loss {test_loss:.4f}"
@@ -72,7 +73,7 @@ RESULT = "top-1 {test_acc1:.3f}%, top-5 {test_acc5:.3f}%, mean of classes {test_
 @dataclass
 class Config(TrainingOptions):
     recipe: str | None = opt(None, "row of the table of recipes in this file (default: the model's)", choices=RECIPES)
-    model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=(*MODELS, *SWINS, *HIERAS))
+    model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=NETWORKS)
     img_size: tuple[int, ...] | None = opt(None, "pixels: a side, or height and width (default: as --init)", least=1)
     in_chans: int | None = opt(None, "image channels (default: as --init, else 3)", least=1)
     window: int | None = opt(None, "tokens on a side of a Swin's window (default: as --init, else its own)", least=2)
@@ -112,7 +113,7 @@ def make_classifier(cfg, classes):
                  drop_path=cfg.drop_path, mlp_ratio=init_mlp_ratio(cfg) if cfg.init else 4.0)
     with value_errors_exit():
         if cfg.model in SWINS:
-            eps = swin_options(read(cfg.init))["eps"] if cfg.init else 1e-6     # official supervised files: 1e-5
+            eps = encoder_options(read(cfg.init))["eps"] if cfg.init else 1e-6     # official supervised files: 1e-5
             model = Swin(**{**SWINS[cfg.model], **shape, "window": cfg.window, "eps": eps})
         elif cfg.model in HIERAS:                               # its last stage pools, also where an MAE's did not
             model = Hiera(**{**HIERAS[cfg.model], **shape, "heads": cfg.heads})

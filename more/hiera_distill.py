@@ -14,7 +14,7 @@ from runtime.run import DTYPES, print_rank0
 
 
 def run_blocks(hiera, x, attention=(), hidden=(), extra=None):
-    """Tokens x (B, K, T, D) through the blocks -> those at the end of each stage, and what is compared with a teacher's.
+    """Tokens x (B, K, T, D) through the blocks -> those at the end of each stage, and what is compared.
 
     attention: blocks whose logits (B, H, N, N) are compared, counted from 1; `extra` stands for the one above the last.
     hidden: states (B, N, D) that are compared, counted from 0: what block 1, 2, ... reads after its norm1.
@@ -34,13 +34,13 @@ def run_blocks(hiera, x, attention=(), hidden=(), extra=None):
 
 
 def compared(hiera, kind, number):
-    """What is compared at a layer: its channels, heads ("attention") or width ("hidden"), and how often queries and keys
-    were pooled before. ValueError for attention within mask units, which is of other tokens."""
+    """What is compared at a layer: its channels, which are heads ("attention") or the width ("hidden"), and how often
+    queries and keys were pooled before. ValueError for attention within mask units, which is not over all tokens."""
     block, before = hiera.blocks[number - (kind == "attention")], sum(b.attn.pool for b in hiera.blocks[:number])
     if kind == "hidden":
         return block.norm1.normalized_shape[0], before, before
     if block.attn.within:
-        raise ValueError(f"--distill-layers: block {number} of {hiera.depth} attends within mask units; name later ones")
+        raise ValueError(f"--distill-layers: block {number} of {hiera.depth} sees its unit alone: name later ones")
     return block.attn.heads, before, before - block.attn.pool
 
 
@@ -112,8 +112,8 @@ def add_teacher(cfg, model, run):
     theirs |= {name: tuple(file.config.get(name) or student[name]) for name in ("mean", "std")}
     for name in ("patch_size", "unit", "in_chans", "mean", "std"):
         if theirs[name] != student[name]:
-            fail(f"{path} has {name} {theirs[name]}, the student {student[name]}: both see the same mask units, so these "
-                 "must agree")
+            fail(f"{path} has {name} {theirs[name]}, the student {student[name]}: both see the same mask units, so "
+                 "these must agree")
     first = int(cfg.distill == "hidden")                        # states are counted from 0
     pairs = layer_pairs(cfg.distill_layers, cfg.distill, model.depth - first, sum(options["stages"]) - first)
     with value_errors_exit():                                   # no weight depends on how often it pools

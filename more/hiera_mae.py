@@ -1,6 +1,6 @@
 """
-Masked autoencoder pre-training of a Hiera: hide mask units of 32 x 32 pixels, encode the rest on maps from fine to coarse,
-predict the hidden pixels. https://arxiv.org/abs/2306.00989, lightweight and distilled https://arxiv.org/abs/2404.12210
+Masked autoencoder pre-training of a Hiera: hide units of 32 x 32 pixels, encode the rest on ever coarser maps, predict
+the hidden pixels. https://arxiv.org/abs/2306.00989, lightweight and distilled https://arxiv.org/abs/2404.12210
 
 One node:   torchrun --standalone --nproc_per_node=8 -m more.hiera_mae --data imagenet --out out/hiera_mae
 One GPU:    python -m more.hiera_mae --data imagenet --out out/hiera_mae --accum 8
@@ -38,7 +38,7 @@ class Config(TrainingOptions, ProbeOptions):
     decoder_heads: int | None = opt(None, "attention heads of the decoder", least=1)
     repeat: int = opt(1, "crops of each decoded image in a batch, which then has batch / repeat images", least=1)
     distill_teacher: str | None = opt(None, "file of a Hiera whose attention the student also learns, any layout")
-    teacher_heads: int | None = opt(None, "the teacher's heads in its first stage, where its file does not say", least=1,
+    teacher_heads: int | None = opt(None, "heads of the teacher's first stage, where its file does not say", 1,
                                     needs="distill_teacher")
     distill: str = opt("attention", "what is learnt from the teacher", choices=("attention", "hidden"),
                        needs="distill_teacher")
@@ -49,8 +49,8 @@ class Config(TrainingOptions, ProbeOptions):
     picture_every: int = opt(20, "epochs between drawings of recon.png, the last at the end; 0: no picture", least=0)
 
 
-# hiera_lite is MAE-Lite's. Of the official networks only the mask and the decoder are in the official code, which has no
-# training: the rest is MAE's recipe. hiera_mini is ours, for 32 to 64 pixels.
+# hiera_lite is MAE-Lite's. Of the official networks only the mask and the decoder are in the official code, which has
+# no training: the rest is MAE's recipe. hiera_mini is ours, for 32 to 64 pixels.
 COMMON = dict(batch_size=4096, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
 OFFICIAL = dict(COMMON, epochs=400, min_crop=0.2, interpolation="bicubic", mask_ratio=0.6, decoder_dim=512,
                 decoder_depth=8, decoder_heads=16)
@@ -88,7 +88,7 @@ class HieraMAE(Hiera):
 
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], decoder_dim))
-        # Fine maps are brought to the size and width of the last one: a convolution for each stage that is pooled after.
+        # Fine maps are brought to the last one's size and width: a convolution for each stage that is pooled after.
         self.encoder_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.multi_scale_fusion_heads = nn.ModuleList()
         for stage in range(q_pool):
@@ -142,7 +142,7 @@ class HieraMAE(Hiera):
 
     def decode(self, latent, order):
         """latent (B, K, c, D) -> predicted pixels of the hidden units' cells, (B, (U - K) * c, C*p*p). As in mae.py,
-        hidden cells stay behind the visible ones in the order of `order`, so that the last block asks for them alone."""
+        hidden cells stay behind the visible ones, so that the last block asks for them alone."""
         x = self.decoder_embed(latent).flatten(1, 2)                                            # (B, K * c, E)
         seen, cells = x.shape[1], self.decoder_pos_embed.shape[1]                               # K * c, U * c
         x = torch.cat([x, self.mask_token.expand(len(x), cells - seen, -1)], 1)                 # (B, U * c, E)

@@ -15,8 +15,8 @@ an order in which pooling needs no map. A unit of 4 x 4 tokens, numbered row by 
 
 To pool is to take the maximum over the four quarters. What is left are the squares in reading order; in a larger unit
 they are in an order of the same kind, so that 8 x 8 tokens can be pooled three times: 64, 16, 4, 1. Tokens are (B, U,
-T, D): attention within units has (B, U) as its batch, global attention is over (U T), and hidden units are rows that are
-left out. (Officially units are the fastest axis. No weight depends on it, and here a unit's tokens lie side by side.)
+T, D): attention within units has (B, U) as its batch, global attention is over (U T), and hidden units are rows left
+out. (Officially units are the fastest axis. No weight depends on it, and here a unit's tokens lie side by side.)
 Shapes at the ends of lines: see vit.py; U mask units, T tokens of a unit.
 """
 from collections import OrderedDict
@@ -41,7 +41,7 @@ HIERAS = {
 
 
 def unit_index(height, width, rounds, device):
-    """The tokens of each unit of a map, in the order of the drawing, by their numbers in reading order, (U, 4 ** rounds).
+    """The numbers, in reading order, of the tokens of each unit of a map, in the drawing's order, (U, 4 ** rounds).
     A unit has 2 ** rounds tokens on a side."""
     index = torch.arange(height * width, device=device).view(height, width)
     index = rearrange(index, "(h y) (w x) -> (h w) 1 y x", y=2 ** rounds, x=2 ** rounds)        # (U, 1, side, side)

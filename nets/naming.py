@@ -23,7 +23,8 @@ FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_toke
 
 # How many dimensions the tensors have that tell what the network is.
 DIMENSIONS = {r"patch_embed\.proj\.weight": 4, r"((decoder_)?pos_embed|cls_token)": 3,
-              r"((decoder_)?blocks|layers)\..*\.(fc1\.weight|proj\.weight|relative_position_bias_table)|decoder_embed\.weight": 2}
+              r"((decoder_)?blocks|layers)\..*\.((fc1|proj)\.weight|relative_position_bias_table)": 2,
+              r"decoder_embed\.weight": 2}
 
 # What the options are that a file may store: "one" of a kind, a "list" of them, or "either".
 STORED = dict(heads=(Integral, "either"), img_size=(Integral, "either"), window=(Integral, "one"), eps=(Real, "one"),
@@ -65,7 +66,7 @@ def wrong_tensor(name, t):
 
 
 def build(options):
-    """A network with random weights: a Swin, Hiera, BeitViT or ViT, whichever has these options. ValueError as there."""
+    """A network with random weights, a Swin, Hiera, BeitViT or ViT: what has these options. ValueError as there."""
     if "depths" in options:
         return Swin(**options)
     if "stages" in options:
@@ -74,7 +75,7 @@ def build(options):
 
 
 def layer_of(model, name):
-    """The layer that a parameter of any of these networks belongs to: 0 before the blocks, then the block's number from 1, then
+    """The layer that a parameter of a network belongs to: 0 before the blocks, then the block's number from 1, then
     depth + 1. A Swin's blocks count through its stages, and a merging belongs to the block before it."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
@@ -149,7 +150,7 @@ def stage_starts(state):
 
 
 def hiera_shape(state, config, heads=None, flag="--heads"):
-    """The options of a Hiera that its tensors and its stored options show; heads, if given (by the option `flag`), wins.
+    """The options of a Hiera that its tensors and its stored options show; heads, if given (by `flag`), win.
     The last stage does not pool in the network of an MAE, which has convolutions for all stages that are pooled after.
     ValueError when the tensors are none of a Hiera's, or nothing tells the heads or the image size."""
     dim, in_chans, kernel, _ = state["patch_embed.proj.weight"].shape

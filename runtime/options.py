@@ -43,7 +43,7 @@ class Options:
     """Options of every script that runs over images."""
     data: str = opt("imagenet", "folder or tar (imagenet: ./imagenet or $IMAGENET), torchvision set by name, or shapes")
     fraction: float = opt(1.0, "share of the training images used, the same of each class, chosen by the seed")
-    heads: int | None = opt(None, "attention heads of a ViT (or of a Hiera's first stage), if not the model's own", least=1)
+    heads: int | None = opt(None, "attention heads of a ViT or a Hiera's first stage, if not its own", least=1)
     img_size: tuple[int, ...] | None = opt((224,), "pixels: one number, or height and width", least=1)
     mean: tuple[float, ...] | None = opt(None, "channel means in 0..1 (default: ImageNet's; 0.5 if not 3 channels)")
     std: tuple[float, ...] | None = opt(None, "channel deviations in 0..1 (default: ImageNet's; 0.25)")

@@ -67,8 +67,8 @@ class TextbookHieraMAE(nn.Module):
     encode the others, fuse the maps of the stages by convolutions, decode and predict all cells, average the error over
     the hidden ones. Names are the published ones, with those of the encoder behind `encoder.`."""
 
-    def __init__(self, img_size=224, patch_size=4, dim=96, stages=(1, 2, 7, 2), heads=1, decoder_dim=96, decoder_depth=1,
-                 decoder_heads=3, mask_ratio=0.4):
+    def __init__(self, img_size=224, patch_size=4, dim=96, stages=(1, 2, 7, 2), heads=1, decoder_dim=96,
+                 decoder_depth=1, decoder_heads=3, mask_ratio=0.4):
         super().__init__()
         from timm.models.hiera import Hiera
         from timm.models.vision_transformer import Block

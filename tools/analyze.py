@@ -8,8 +8,8 @@ Maps:      python -m tools.analyze maps A.pt --pictures dog.jpg photos --img-siz
 Regions:   python -m tools.analyze correspond A.pt B.pt
 Layers:    python -m tools.analyze layers A.pt --fractions 1 0.1 -- --epochs 50    (after --: options of finetune.py)
 A file:    python -m tools.analyze summary A.pt B.pt
-Files come first, of any layout, ViT, Swin or Hiera, FILE:KEY where one holds several; COMMAND --help lists the options. Each
-writes OUT/COMMAND.json and, with matplotlib, .png. When `layers` is preempted, type the same command again.
+Files come first, of any layout, FILE:KEY where one holds several; COMMAND --help lists the options. Each writes
+OUT/COMMAND.json and, with matplotlib, .png. When `layers` is preempted, type the same command again.
 Expected:  not run yet at full size; small encoders are in docs/findings.md
 """
 import itertools
@@ -127,7 +127,7 @@ def hiera_distances(attn, tokens, window):
     """Distances between the queries and the keys of a Hiera's window, in tokens before pooling, (T or T / 4, T)."""
     rounds = tokens.shape[2].bit_length() // 2                  # a unit has 4 ** rounds tokens
     index = unit_index(*window, rounds, torch.device("cpu"))                                    # (units, 4 ** rounds)
-    at = torch.stack([index // window[1], index % window[1]], -1).double()                      # (units, 4 ** rounds, 2)
+    at = torch.stack([index // window[1], index % window[1]], -1).double()                      # (units, ..., 2)
     asking = at.unflatten(1, (4, -1)).mean(1) if attn.pool else at          # in the middle of the four that are pooled
     return torch.cdist(asking.flatten(0, 1), at.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
 

@@ -195,7 +195,8 @@ def timm_settings(config, state):
     if pool == "avg" and "cls_token" in state and "head.weight" in state and "fc_norm.weight" not in state:
         raise ValueError("has a head that reads a mean of normed tokens (no fc_norm): the network here norms the mean")
     entry = re.match(r"(vit|deit3?)_([a-z]+)_", name)
-    found = dict(heads=args.get("num_heads", entry and TIMM_HEADS.get(entry[2])), window=args.get("window_size"), q_pool=args.get("q_pool"),
+    found = dict(heads=args.get("num_heads", entry and TIMM_HEADS.get(entry[2])), window=args.get("window_size"),
+                 q_pool=args.get("q_pool"),
                  img_size=args.get("img_size", (data.get("input_size") or [None])[1:]) or None, mean=data.get("mean"),
                  std=data.get("std"), classes=config.get("label_names") or data.get("label_names"))
     return {option: value for option, value in found.items() if value is not None}
