@@ -383,7 +383,8 @@ def fitted(weights, model, say):
         if name in state and name in want and state[name].shape[::2] == want[name].shape[::2]:
             state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
     if is_swin(weights):
-        for line in naming.resize_swin_tables(state, want):
+        simmim = weights.config.get("method") == "simmim" or "mask_token" in state          # ours, or the official
+        for line in naming.resize_swin_tables(state, want, simmim):
             say(f"{weights.path}: {line}")
     else:
         naming.resize_vit_tables(state, grid_of(weights, weights.state["pos_embed"]), model.grid)
