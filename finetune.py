@@ -1,5 +1,5 @@
 """
-Supervised training of a ViT or Swin from any checkpoint, or from scratch: what a pre-trained encoder is worth.
+Supervised training of a ViT, Swin or Hiera from any checkpoint, or from scratch: what a pre-trained encoder is worth.
 Recipes of https://arxiv.org/abs/2205.14443 (ViT-Tiny and -Small) and https://arxiv.org/abs/2111.06377 (Base to Huge).
 
 One node:   torchrun --standalone --nproc_per_node=8 finetune.py --init out/mae/encoder.pt --out out/finetune
@@ -26,13 +26,14 @@ from images.datasets import find_classes, look_over, open_to_evaluate, same_clas
 from images.mixing import erase, random_mix, soft_targets
 from images.randaugment import AugmentedCrops
 from nets.beit import BeitViT, TwoHeads
+from nets.hiera import HIERAS, Hiera
 from runtime import options
 from runtime.folder import FileOfRun
 from runtime.options import TrainingOptions, fail, opt, value_errors_exit
 from runtime.probes import encoded
 from runtime.run import DTYPES, Run, launch, print_rank0, setup, warmup_cosine
 from vit import MODELS, SWINS, Swin, pair
-from weights import encoder_options, init_mlp_ratio, layer_of, load_classifier, load_into, read, summary, swin_options
+from weights import encoder_options, init_mlp_ratio, kind_of, layer_of, load_classifier, load_into, read, summary
 
 # Published values, but for "small", which is ours (results/finetune-cifar10). Every row stands on the one it names.
 IMPROVED = dict(epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw", blr=1e-3, weight_decay=0.05,
@@ -46,6 +47,7 @@ RECIPES = {
     "distill": dict(DEFAULT, epochs=300),                           # with --distill-teacher: 76.9
     "moco": dict(IMPROVED, layer_decay=0.75),                       # MAE-Lite, MoCo-v3's ViT-Tiny: 76.8
     "improved_small": dict(IMPROVED, layer_decay=0.75),             # MAE-Lite, ViT-Small: 82.1
+    "hiera": dict(IMPROVED, head_std=2e-5),                         # MAE-Lite, hiera_lite: 78.5 (MAE), 78.9 (distilled)
     "rpe": dict(RPE, layer_scale=0.1, key_bias=False),              # MAE-Lite, ViT-Tiny: 79.0
     "rpe_d2": RPE,                                                  # D2-MAE, ViT-Tiny: 79.4
     "mae_base": dict(DEFAULT, blr=5e-4, layer_decay=0.65, head_std=2e-5),                               # 83.6
@@ -58,10 +60,12 @@ RECIPES = {
 }
 RECIPE_OF = dict(vit_mini="small", vit_midi="small", vit_tiny="improved", vit_small="improved_small",
                  vit_base="mae_base", vit_large="mae_large", vit_huge="mae_huge", swin_mini="small",
-                 swin_lite="improved", swin_tiny="improved", swin_small="default", swin_base="default")
+                 swin_lite="improved", swin_tiny="improved", swin_small="default", swin_base="default",
+                 **dict.fromkeys(HIERAS, "hiera") | dict(hiera_mini="small"))
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48, 48), patch_size=8, fraction=0.1, epochs=8, batch_size=64,
             lr=1e-3, min_crop=0.6, eval_every=4, workers=1, log_every=60, out="out/finetune-demo")
-ONLY_VIT = {"heads", "pool", "relative", "layer_scale", "key_bias", "distill_teacher"}  # options that no Swin has
+NETWORKS = *MODELS, *SWINS, *HIERAS
+ONLY_VIT = {"pool", "relative", "layer_scale", "key_bias", "distill_teacher"}       # options of no other network
 PER_CLASS = {"aircraft", "caltech101", "flowers102", "pets"}        # their papers report the mean over classes
 RESULT = "top-1 {test_acc1:.3f}%, top-5 {test_acc5:.3f}%, mean of classes {test_class_acc:.3f}%, loss {test_loss:.4f}"
 
@@ -69,7 +73,7 @@ RESULT = "top-1 {test_acc1:.3f}%, top-5 {test_acc5:.3f}%, mean of classes {test_
 @dataclass
 class Config(TrainingOptions):
     recipe: str | None = opt(None, "row of the table of recipes in this file (default: the model's)", choices=RECIPES)
-    model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=(*MODELS, *SWINS))
+    model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=NETWORKS)
     img_size: tuple[int, ...] | None = opt(None, "pixels: a side, or height and width (default: as --init)", least=1)
     in_chans: int | None = opt(None, "image channels (default: as --init, else 3)", least=1)
     window: int | None = opt(None, "tokens on a side of a Swin's window (default: as --init, else its own)", least=2)
@@ -109,8 +113,10 @@ def make_classifier(cfg, classes):
                  drop_path=cfg.drop_path, mlp_ratio=init_mlp_ratio(cfg) if cfg.init else 4.0)
     with value_errors_exit():
         if cfg.model in SWINS:
-            eps = swin_options(read(cfg.init))["eps"] if cfg.init else 1e-6     # official supervised files: 1e-5
+            eps = encoder_options(read(cfg.init))["eps"] if cfg.init else 1e-6     # official supervised files: 1e-5
             model = Swin(**{**SWINS[cfg.model], **shape, "window": cfg.window, "eps": eps})
+        elif cfg.model in HIERAS:                               # its last stage pools, also where an MAE's did not
+            model = Hiera(**{**HIERAS[cfg.model], **shape, "heads": cfg.heads})
         else:
             kind = TwoHeads if cfg.distill_teacher else BeitViT
             model = kind(**{**MODELS[cfg.model], **shape, "heads": cfg.heads}, positions="learned", pool=cfg.pool,
@@ -121,7 +127,7 @@ def make_classifier(cfg, classes):
         for depth, block in enumerate(model.blocks, 1):
             for linear in (block.attn.proj, block.mlp.fc2):
                 linear.weight.data /= math.sqrt(2 * depth)
-    torch.nn.init.trunc_normal_(model.head.weight, std=cfg.head_std)
+    torch.nn.init.trunc_normal_(getattr(model.head, "projection", model.head).weight, std=cfg.head_std)
     return model
 
 
@@ -270,7 +276,8 @@ def options_of_init(path, heads):
     """What the file to start from decides: the model, its patches, channels and image size, mean and std."""
     file = read(path)
     found = encoder_options(file, heads)
-    models, depth, kept = (SWINS, "depths", "window") if "depths" in found else (MODELS, "depth", "heads")
+    kinds = dict(Swin=(SWINS, "depths", "window"), Hiera=(HIERAS, "stages", "heads"), ViT=(MODELS, "depth", "heads"))
+    models, depth, kept = kinds[kind_of(file)]
     names = [name for name, m in models.items() if (m["dim"], m[depth]) == (found["dim"], found[depth])]
     if not names:
         fail(f"{path} is {found['dim']} wide and {found[depth]} deep, and none of {', '.join(models)} is")
@@ -290,7 +297,8 @@ def resolve(argv=None):
         if "in_chans" in given and cfg.in_chans != known["in_chans"]:
             known |= dict(mean=None, std=None)                  # they are of other channels
     model = cfg.model or known.get("model", "vit_tiny")
-    for name in sorted(given & (ONLY_VIT if model in SWINS else {"window"})):
+    others = dict.fromkeys(SWINS, ONLY_VIT | {"heads"}) | dict.fromkeys(HIERAS, ONLY_VIT | {"window"})
+    for name in sorted(given & others.get(model, {"window"})):
         fail(f"{options.flag(name)} is no option of {model}: leave it out, or give another --model")
     recipe = cfg.recipe or RECIPE_OF[model]
     values = options.model_options(model) | RECIPES[recipe] | known | dict(model=model, recipe=recipe)

@@ -28,6 +28,7 @@ from images.augment import normalize, random_flip, statistics
 from images.datasets import describe, same_classes, train_and_val
 from images.device import CROPS
 from nets.heads import LARS, accuracies, knn_counts, make_head, sweep, tally
+from nets.hiera import Hiera
 from runtime.folder import FileOfRun, Log
 from runtime.options import Options, check, fail, fill, opt, read_command_line, value_errors_exit
 from runtime.probes import encoded, extract
@@ -71,6 +72,7 @@ LINEAR = "mae", "moco", "dino"                                  # those with a h
 DEMO = dict(data="shapes", init="out/mae-demo/encoder.pt", workers=1)
 
 # Which token has learnt something depends on the method: MAE's loss never asks cls, contrastive losses mostly ask it.
+WITHOUT_CLS = Swin, Hiera
 POOL_OF_METHOD = dict(mae="avg", distill="avg", bootmae="avg", simmim="avg", moco_v3="cls", dino="cls", esvit="cls")
 
 
@@ -82,14 +84,16 @@ def features(vit, img, pool="cls", blocks=1):
     """Read the last `blocks` blocks of a network: normalised images (B, C, h, w) -> (B, numbers), the oldest first.
 
     pool: "cls"; "avg", the mean of the patch tokens; "both", interleaved: cls 0, avg 0, cls 1, avg 1, ... (DINO). Each
-    block's tokens go through the final norm. A Swin has "avg" alone, and its earlier stages no norm, as in EsViT.
+    block's tokens go through the final norm. A Swin or Hiera has "avg" alone, and its earlier stages no norm, as in
+    EsViT; of a Hiera the mean is normed, not each token.
     """
     found, first = [], vit.depth - blocks
-    if isinstance(vit, Swin):
+    if isinstance(vit, WITHOUT_CLS):
+        last_stage = (vit.config.get("depths") or vit.config["stages"])[-1]
         for i, x in enumerate(vit.block_outputs(img)[first:], first):       # (B, N, D of the stage)
-            if i >= vit.depth - vit.config["depths"][-1]:                   # a block of the last stage
-                x = vit.norm(x)
-            found.append(x.mean(1))
+            in_last = i >= vit.depth - last_stage
+            x = vit.norm(x).mean(1) if in_last and isinstance(vit, Swin) else x.mean(1)         # (B, D)
+            found.append(vit.norm(x) if in_last and isinstance(vit, Hiera) else x)
         return torch.cat(found, 1)
     x = vit.embed(img)
     for i, block in enumerate(vit.blocks):
@@ -106,8 +110,8 @@ def choose_pool(cfg, vit, method):
     """Which tokens are read, and why, in a few words. method: what the encoder's file says that it was made by."""
     if cfg.pool:
         return cfg.pool, "as asked for"
-    if isinstance(vit, Swin):
-        return "avg", "a Swin has no cls token"
+    if isinstance(vit, WITHOUT_CLS):
+        return "avg", f"a {type(vit).__name__} has no cls token"
     if cfg.protocol == "dino" and vit.width >= 768:
         return "both", "as DINO reads wide networks"
     if method in POOL_OF_METHOD:
@@ -136,11 +140,11 @@ class Encoder(FileOfRun):
             mean, std = statistics(channels, cfg.mean or stored[0], cfg.std or stored[1])
         pool, self.reason = choose_pool(cfg, vit, weights.config["method"])
         blocks = cfg.blocks or 1
-        narrow = isinstance(vit, Swin) or vit.width < 768
+        narrow = isinstance(vit, WITHOUT_CLS) or vit.width < 768
         if cfg.blocks is None and cfg.protocol == "dino" and narrow:
             blocks = min(4, vit.depth)                          # as DINO reads narrow networks
-        if isinstance(vit, Swin) and pool != "avg":
-            fail(f"--pool {pool}: {cfg.init} is a Swin, which has no cls token: give --pool avg")
+        if isinstance(vit, WITHOUT_CLS) and pool != "avg":
+            fail(f"--pool {pool}: {cfg.init} is a {type(vit).__name__}, which has no cls token: give --pool avg")
         if blocks > vit.depth:
             fail(f"--blocks {blocks}: {cfg.init} has {vit.depth}")
         run.cfg = replace(cfg, img_size=size, in_chans=channels, mean=mean, std=std, pool=pool, blocks=blocks)
@@ -283,10 +287,11 @@ def export(run, encoder, source):
     """Write OUT/cls.npy and mean.npy (n, D), patches.npy (n, N, D), labels.npy (n,) and names.txt (see on_one_line) in
     the order of the source, as they come: nothing is kept in memory. Each process writes its rows."""
     cfg, vit = run.cfg, encoder.vit
-    n, swin = len(source), isinstance(vit, Swin)
-    chosen = cfg.tokens or (("mean",) if swin else ("cls", "mean"))
-    if swin and "cls" in chosen:
-        fail(f"--tokens cls: {cfg.init} is a Swin, which has no cls token: give --tokens mean or patches")
+    n, no_cls = len(source), isinstance(vit, WITHOUT_CLS)
+    chosen = cfg.tokens or (("mean",) if no_cls else ("cls", "mean"))
+    if no_cls and "cls" in chosen:
+        fail(f"--tokens cls: {cfg.init} is a {type(vit).__name__}, which has no cls token: give --tokens mean or "
+             "patches")
     shapes = dict(cls=(n, vit.width), mean=(n, vit.width), patches=(n, vit.grid[0] * vit.grid[1], vit.width))
     shapes = {name: shapes[name] for name in chosen} | dict(labels=(n,))
     need, free = sum(4 * math.prod(shape) for shape in shapes.values()), shutil.disk_usage(cfg.out).free
@@ -303,8 +308,11 @@ def export(run, encoder, source):
 
     def tokens(img):
         with run.autocast():
+            if isinstance(vit, Hiera):                          # its features are the normed mean
+                x = vit.block_outputs(img)[-1]                                                  # (B, N, D)
+                return dict(mean=vit.norm(x.mean(1)), patches=vit.norm(x))
             x = vit.encode(img)
-        if swin:
+        if no_cls:
             return dict(mean=x.mean(1), patches=x)
         return dict(cls=x[:, 0], mean=vit.fc_norm(x[:, 1:].mean(1)), patches=x[:, 1:])
 

@@ -1,5 +1,5 @@
 """
-What names, shapes and options tell of the networks of vit.py and nets/beit.py: which tensors are the encoder's, which
+What names, shapes and options tell of the networks of vit.py and of this folder: which tensors are the encoder's, which
 network has these options, which layer a parameter is of, for which window a table of relative positions is. No files:
 those are read in weights/.
 """
@@ -10,24 +10,27 @@ from numbers import Integral, Real
 import torch
 
 from nets.beit import BeitViT, resize_relative
-from vit import Swin, ViT
+from nets.hiera import Hiera, resize_unit_positions
+from vit import Swin, ViT, pair
 
 # Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
 ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
                      r"(?!de_|dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
 
 # What may be missing: a task's own layers, and what relative positions and layer scale add to a plain network.
-FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_token|"
+FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_token|encoder_norm\.|multi_scale_fusion_|"
                    r".*\.(gamma_[12]|[qv]_bias|relative_position_bias_table)$")
 
 # How many dimensions the tensors have that tell what the network is.
 DIMENSIONS = {r"patch_embed\.proj\.weight": 4, r"((decoder_)?pos_embed|cls_token)": 3,
-              r"((decoder_)?blocks|layers)\..*\.(fc1\.weight|relative_position_bias_table)|decoder_embed\.weight": 2}
+              r"((decoder_)?blocks|layers)\..*\.((fc1|proj)\.weight|relative_position_bias_table)": 2,
+              r"decoder_embed\.weight": 2}
 
 # What the options are that a file may store: "one" of a kind, a "list" of them, or "either".
 STORED = dict(heads=(Integral, "either"), img_size=(Integral, "either"), window=(Integral, "one"), eps=(Real, "one"),
               resize_offset=(Real, "one"), mean=(Real, "list"), std=(Real, "list"), classes=(str, "list"),
-              method=(str, "one"), final_norm=(str, "one"), decoder_heads=(Integral, "one"), mask_ratio=(Real, "one"))
+              method=(str, "one"), final_norm=(str, "one"), decoder_heads=(Integral, "one"), mask_ratio=(Real, "one"),
+              q_pool=(Integral, "one"))
 IN_WORDS = {Integral: "whole numbers above 0 were", Real: "finite numbers were", str: "text was"}
 
 
@@ -63,14 +66,16 @@ def wrong_tensor(name, t):
 
 
 def build(options):
-    """A network with random weights: a Swin, BeitViT or ViT, whichever has these options. ValueError as there."""
+    """A network with random weights, a Swin, Hiera, BeitViT or ViT: what has these options. ValueError as there."""
     if "depths" in options:
         return Swin(**options)
+    if "stages" in options:
+        return Hiera(**options)
     return BeitViT(**options) if options.keys() & {"relative", "layer_scale", "key_bias"} else ViT(**options)
 
 
 def layer_of(model, name):
-    """The layer that a parameter of a ViT or Swin belongs to: 0 before the blocks, then the block's number from 1, then
+    """The layer that a parameter of a network belongs to: 0 before the blocks, then the block's number from 1, then
     depth + 1. A Swin's blocks count through its stages, and a merging belongs to the block before it."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
@@ -166,3 +171,62 @@ def resize_vit_tables(state, old, new):
     rows = (2 * old[0] - 1) * (2 * old[1] - 1) + 3
     for name in [k for k in state if k.endswith("relative_position_bias_table") and len(state[k]) == rows]:
         state[name] = resize_relative(state[name], old, new)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Hiera
+
+# The heads of a Hiera's first stage, which leave no trace either, by its width: the official ones, and ours.
+HIERA_HEADS = {32: 1, 46: 1, 96: 1, 112: 2, 144: 2, 256: 4}
+
+
+def stage_starts(state):
+    """The blocks that widen the tokens, at which the stages of a Hiera but the first begin; [] of other networks."""
+    found = [re.fullmatch(r"blocks\.(\d+)\.proj\.weight", name) for name in state]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def hiera_shape(state, config, heads=None, flag="--heads"):
+    """The options of a Hiera that its tensors and its stored options show; heads, if given (by `flag`), win.
+    The last stage does not pool in the network of an MAE, which has convolutions for all stages that are pooled after.
+    ValueError when the tensors are none of a Hiera's, or nothing tells the heads or the image size."""
+    dim, in_chans, kernel, _ = state["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    edges, width = [0, *stage_starts(state), depth], dim
+    for n in range(depth):                                      # so that what is built is no larger than the file
+        before, width = width, width * 2 if n in edges[1:] else width
+        for part, inputs in (("attn.qkv", before), ("mlp.fc1", width)):
+            name = f"blocks.{n}.{part}.weight"
+            if name not in state or state[name].shape[1:] != (inputs,):
+                raise ValueError(f"has no {name} of width {inputs}: it is another network, or only a part of one")
+    heads = heads or config.get("heads") or HIERA_HEADS.get(dim)
+    if not isinstance(heads, Integral):
+        raise ValueError(f"is a Hiera of width {dim} and does not say how many heads its first stage has: give {flag}")
+    patch, tokens = (kernel + 1) // 2, state["pos_embed"].shape[1]
+    size = pair(config.get("img_size") or 0)
+    if (size[0] // patch) * (size[1] // patch) != tokens:
+        size = (math.isqrt(tokens) * patch,) * 2                # no size is stored, or one that does not fit
+    if (size[0] // patch) * (size[1] // patch) != tokens or not tokens:
+        raise ValueError(f"has positions for {tokens} tokens, which is no square, and stores no image size")
+    pooled = len({name.split(".")[1] for name in state if name.startswith("multi_scale_fusion_heads.")})
+    return dict(dim=dim, stages=tuple(end - start for start, end in zip(edges, edges[1:])), heads=heads,
+                patch_size=patch, in_chans=in_chans, img_size=size, eps=config.get("eps") or 1e-6,
+                q_pool=pooled or config.get("q_pool") or len(edges) - 2)
+
+
+def fit_hiera(state, size, model):
+    """Bring the positions of a Hiera, and of an MAE's decoder, from images of `size` to those of the model, in place,
+    and give it a fresh final norm if it has none. Returns a line for each change."""
+    lines, want = [], model.state_dict()
+    for name, stage in (("pos_embed", 0), ("decoder_pos_embed", -1)):
+        if name in state and name in want and state[name].shape[::2] == want[name].shape[::2]:
+            new = model.maps(*model.config["img_size"])[stage]
+            step = model.config["img_size"][0] // new[0]        # pixels from one token to the next
+            old = size[0] // step, size[1] // step
+            if old[0] * old[1] == state[name].shape[1] and old != new:
+                state[name] = resize_unit_positions(state[name], old, new, model.unit // step)
+                lines.append(f"{name} is resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} tokens")
+    if "norm.weight" in want and "norm.weight" not in state:
+        state |= {"norm.weight": torch.ones(model.width), "norm.bias": torch.zeros(model.width)}
+        lines.append("it has no final norm, as an MAE never reads the mean token: a fresh one, weight 1 and bias 0")
+    return lines

@@ -11,6 +11,7 @@ import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
+from nets.hiera import HIERAS
 from vit import MODELS, SWINS
 from weights import init_mlp_ratio
 
@@ -42,7 +43,7 @@ class Options:
     """Options of every script that runs over images."""
     data: str = opt("imagenet", "folder or tar (imagenet: ./imagenet or $IMAGENET), torchvision set by name, or shapes")
     fraction: float = opt(1.0, "share of the training images used, the same of each class, chosen by the seed")
-    heads: int | None = opt(None, "attention heads of a ViT, if not the model's own", least=1)
+    heads: int | None = opt(None, "attention heads of a ViT or a Hiera's first stage, if not its own", least=1)
     img_size: tuple[int, ...] | None = opt((224,), "pixels: one number, or height and width", least=1)
     mean: tuple[float, ...] | None = opt(None, "channel means in 0..1 (default: ImageNet's; 0.5 if not 3 channels)")
     std: tuple[float, ...] | None = opt(None, "channel deviations in 0..1 (default: ImageNet's; 0.25)")
@@ -164,10 +165,10 @@ def shorten(cfg, given, recipe):
 
 
 def model_options(name):
-    """What a model's name decides and an option may change: heads of a ViT, window of a Swin, patch size."""
+    """What a model's name decides and an option may change: heads of a ViT or Hiera, window of a Swin, patch size."""
     if name in SWINS:
         return dict(window=7, patch_size=4) | {k: v for k, v in SWINS[name].items() if k in ("window", "patch_size")}
-    return {k: MODELS[name][k] for k in ("heads", "patch_size")}
+    return {k: (MODELS | HIERAS)[name][k] for k in ("heads", "patch_size")}
 
 
 def parse(Config, name, doc, recipes, demo, argv=None):

@@ -63,6 +63,63 @@ class TextbookMAE(nn.Module):
         return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum(), pred, mask
 
 
+class TextbookHieraMAE(nn.Module):
+    """A Hiera's MAE from timm's Hiera and timm's blocks, in the order of the official text: blank the hidden units,
+    encode the others, fuse the maps of the stages by convolutions, decode and predict all cells, average the error over
+    the hidden ones. Names are the published ones, with those of the encoder behind `encoder.`."""
+
+    def __init__(self, img_size=224, patch_size=4, dim=96, stages=(1, 2, 7, 2), heads=1, decoder_dim=96,
+                 decoder_depth=1, decoder_heads=3, mask_ratio=0.4):
+        super().__init__()
+        from timm.models.hiera import Hiera
+        from timm.models.vision_transformer import Block
+        pools, k = len(stages) - 2, 2 * patch_size - 1
+        self.encoder = Hiera((img_size, img_size), embed_dim=dim, num_heads=heads, stages=stages, q_pool=pools,
+                             num_classes=0, patch_kernel=(k, k), patch_stride=(patch_size,) * 2,
+                             patch_padding=(patch_size - 1,) * 2, mask_unit_size=(2 ** (len(stages) - 1),) * 2,
+                             mask_unit_attn=(True, True, False, False)[:len(stages)])
+        self.encoder.head = nn.Identity()
+        self.mask_ratio, self.cell, self.width = mask_ratio, patch_size << pools, dim << len(stages) - 1
+        self.multi_scale_fusion_heads = nn.ModuleList([
+            nn.Conv2d(dim << i, self.width, 2 ** (pools - i), 2 ** (pools - i)) for i in range(pools)])
+        self.encoder_norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.decoder_embed = nn.Linear(self.width, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, (img_size // self.cell) ** 2, decoder_dim))
+        block = dict(mlp_ratio=4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads, **block) for _ in range(decoder_depth)])
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, self.cell ** 2 * 3)
+
+    def load_ours(self, model):
+        """Take over the numbers of a HieraMAE."""
+        names = self.state_dict()
+        self.load_state_dict({k if k in names else f"encoder.{k}": v for k, v in model.state_dict().items()})
+
+    def forward(self, img, noise):
+        B, U = noise.shape
+        rank = noise.argsort(1).argsort(1)
+        seen = rank < int(U * (1 - self.mask_ratio))                                            # (B, U)
+        _, maps = self.encoder.forward_features(img, mask=seen, return_intermediates=True)      # (B, K, y, x, D) each
+        x = maps[-1].permute(0, 1, 4, 2, 3).flatten(0, 1)                                       # (B * K, D, y, x)
+        for conv, fine in zip(self.multi_scale_fusion_heads, maps):
+            x = x + conv(fine.permute(0, 1, 4, 2, 3).flatten(0, 1))
+        x = self.decoder_embed(self.encoder_norm(x.permute(0, 2, 3, 1)))                        # (B * K, y, x, E)
+
+        side, h = x.shape[1], self.encoder.mask_spatial_shape[0]
+        full = self.mask_token.view(1, 1, 1, -1).expand(B * U, side, side, -1).clone()
+        full[seen.flatten()] = x
+        x = rearrange(full, "(b h w) y x e -> b (h y w x) e", b=B, h=h) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        pred = self.decoder_pred(self.decoder_norm(x))                                          # (B, N, 3 * p * p)
+
+        target = rearrange(img, "b c (h p) (w q) -> b (h w) (c p q)", p=self.cell, q=self.cell)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        hidden = rearrange(~seen, "b (h w) -> b h 1 w 1", h=h).expand(-1, -1, side, -1, side).flatten(1)
+        return (pred - target)[hidden].square().mean()
+
+
 class TextbookDistilled(nn.Module):
     """D-MAE as its code does it: logits are formed and kept in every layer of both networks, the frozen teacher's
     encoder runs to its end, then the last layers are compared. student: a TextbookMAE; teacher: another, whose decoder

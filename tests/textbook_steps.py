@@ -14,6 +14,7 @@ from textbook import (
     TextbookCKA,
     TextbookDistilled,
     TextbookEsViT,
+    TextbookHieraMAE,
     TextbookImages,
     TextbookMAE,
     TextbookMIM,
@@ -23,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mae import MAE, RECIPES
+from nets.hiera import HIERAS
 from runtime.run import DTYPES, decay_groups
 from vit import MODELS, SWINS
 
@@ -69,6 +71,12 @@ def esvit(case, ours, inputs, device):
     return model, lambda *images: model(images, crops, 0.04), [x.flatten(0, 1) for x in images]
 
 
+def hiera(case, ours, inputs, device):
+    model = TextbookHieraMAE(**HIERAS["hiera_lite"]).to(device)
+    model.load_ours(ours)
+    return model, model, inputs
+
+
 def bootmae(case, ours, inputs, device):
     model = TextbookBootMAE(decoder_dim=ours.mask_token.shape[2], visible=ours.visible, **MODELS[case.model]).to(device)
     model.load_state_dict({k: v for k, v in ours.state_dict().items() if not k.startswith("momentum_encoder.")})
@@ -86,7 +94,8 @@ def simmim(case, ours, inputs, device):
     return model, lambda img, mask, crops: model(img, mask, crops if ours.target == "hog" else img), inputs
 
 
-NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit, bootmae=bootmae, simmim=simmim, maskfeat=simmim)
+NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit, bootmae=bootmae, simmim=simmim, maskfeat=simmim,
+                hiera=hiera)
 
 
 class TextbookStep:

@@ -8,8 +8,8 @@ Maps:      python -m tools.analyze maps A.pt --pictures dog.jpg photos --img-siz
 Regions:   python -m tools.analyze correspond A.pt B.pt
 Layers:    python -m tools.analyze layers A.pt --fractions 1 0.1 -- --epochs 50    (after --: options of finetune.py)
 A file:    python -m tools.analyze summary A.pt B.pt
-Files come first, of any layout, ViT or Swin, FILE:KEY where one holds several; COMMAND --help lists the options. Each
-writes OUT/COMMAND.json and, with matplotlib, .png. When `layers` is preempted, type the same command again.
+Files come first, of any layout, FILE:KEY where one holds several; COMMAND --help lists the options. Each writes
+OUT/COMMAND.json and, with matplotlib, .png. When `layers` is preempted, type the same command again.
 Expected:  not run yet at full size; small encoders are in docs/findings.md
 """
 import itertools
@@ -35,6 +35,7 @@ from data import decode, resize
 from images.augment import Colours, denormalize, draw_colours, normalize, recolour, statistics
 from images.datasets import describe, kind_left_out, look_over, open_dataset, walk
 from images.deep import as_range, reason
+from nets.hiera import Hiera, HieraAttention, unit_index
 from runtime.folder import write_atomic
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
 from runtime.probes import encoded
@@ -48,29 +49,41 @@ from vit import Attention, Swin, WindowAttention, pair, window_layout
 
 def watch(model, img):
     """Run a network on normalised images -> what its attention sees, [(attention, tokens after norm1, grid)], one for
-    each block (tokens (B, N, D), of a ViT with cls (B, 1 + N, D)); and its output, normed tokens without cls."""
-    seen, swin = [], isinstance(model, Swin)
+    each block (tokens (B, N, D), of a ViT with cls (B, 1 + N, D), of a Hiera in mask units (B, U, T, D)); and its
+    output, normed tokens without cls."""
+    seen, swin, size = [], isinstance(model, Swin), img.shape[-2:]
 
     def look(attn, arguments):                                  # a Swin's attention is given (tokens, grid)
-        seen.append((attn, arguments[0], arguments[1] if swin else model.grid_of(*img.shape[-2:])))
+        if isinstance(model, Hiera):
+            side = round(arguments[0].shape[2] ** 0.5)          # of a unit, in tokens
+            seen.append((attn, arguments[0], tuple(n // model.unit * side for n in size)))
+        else:
+            seen.append((attn, arguments[0], arguments[1] if swin else model.grid_of(*size)))
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
     output = model.encode(img)
     for hook in hooks:
         hook.remove()
-    return seen, output if swin else model.fc_norm(output)[:, 1:]           # fc_norm norms what `norm` does not
+    plain = not isinstance(model, (Swin, Hiera))
+    return seen, model.fc_norm(output)[:, 1:] if plain else output          # fc_norm norms what `norm` does not
 
 
 def tokens_of(model, img):
     """The tokens of every layer without cls, [(B, N, D)]: after norm1 of each block, then the network's output."""
     seen, output = watch(model, img)
+    if isinstance(model, Hiera):                                # in mask units, an order that CKA does not see
+        return [x.flatten(1, 2) for _, x, _ in seen] + [output]
     return [x if isinstance(model, Swin) else x[:, 1:] for _, x, _ in seen] + [output]
 
 
 def logits_of(attn, x, grid):
     """What `watch` saw -> logits among patches in n windows of T tokens, (B * n, H, T, T), relative positions and masks
     included; the grid of a window; where the map's tokens are among n * T, for a Swin pads it. A ViT has one window,
-    and the row and the column of cls are deleted."""
+    and the row and the column of cls are deleted. A Hiera's windows are in its own order, with fewer queries in the
+    blocks that pool."""
+    if isinstance(attn, HieraAttention):
+        side = round(x.shape[2] ** 0.5)
+        return attn.logits(x), (side, side) if attn.within else grid, slice(None)
     if not isinstance(attn, WindowAttention):
         return attn.logits(x)[..., 1:, 1:], grid, slice(None)
     order, place, mask = window_layout(*grid, attn.side, attn.shift, x.device)
@@ -110,6 +123,15 @@ def distances(height, width):
     return torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def hiera_distances(attn, tokens, window):
+    """Distances between the queries and the keys of a Hiera's window, in tokens before pooling, (T or T / 4, T)."""
+    rounds = tokens.shape[2].bit_length() // 2                  # a unit has 4 ** rounds tokens
+    index = unit_index(*window, rounds, torch.device("cpu"))                                    # (units, 4 ** rounds)
+    at = torch.stack([index // window[1], index % window[1]], -1).double()                      # (units, ..., 2)
+    asking = at.unflatten(1, (4, -1)).mean(1) if attn.pool else at          # in the middle of the four that are pooled
+    return torch.cdist(asking.flatten(0, 1), at.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def spread(logits, distance):
     """Logits (..., N, N) -> the entropy in nats and the mean distance of each query's attention, (2, ..., N)."""
     a = logits.softmax(-1)
@@ -124,8 +146,12 @@ def reach(model, img, pixels=None, even=False):
         logits, window, place = logits_of(attn, tokens, grid)
         if even:                                                # only a Swin's mask, -100, still makes a difference
             logits = logits.clamp(max=-50)
-        scale = tokens.shape[-1] // model.config["dim"]         # patches on a token's side: both double by stage
-        distance = distances(*window) * scale * (pixels or model.patch_size)                    # (T, T)
+        if isinstance(model, Hiera):
+            distance, scale = hiera_distances(attn, tokens, window), img.shape[-2] // model.patch_size // grid[0]
+        else:
+            scale = tokens.shape[-1] // model.config["dim"]     # patches on a token's side: both double by stage
+            distance = distances(*window)
+        distance = distance * scale * (pixels or model.patch_size)                              # (T, T)
         x = spread(logits, distance.to(logits))                                                 # (2, B * n, H, T)
         x = rearrange(x, "s (b n) h t -> s b h (n t)", b=len(img))[..., place]                  # (2, B, H, N)
         found.append(x.mean(-1).sum(1))
@@ -141,10 +167,17 @@ def mass_mask(a, mass=0.6):
 
 def last_attention(model, img, query=None):
     """Attention of the last block to the patches of one image (1, C, height, width) -> (H, h, w). query: the cell that
-    asks (default: cls; of a Swin the middle). ValueError: no such cell, or a Swin's last map is several windows."""
+    asks (default: cls; of a Swin or Hiera the middle). ValueError: no such cell, a Swin's last map is several windows,
+    or a Hiera's last block pools or attends within units."""
     attn, tokens, (h, w) = watch(model, img)[0][-1]
     if query is not None and query >= h * w:
         raise ValueError(f"--query {query}: the map has {h} x {w} cells, numbered from 0")
+    if isinstance(model, Hiera):
+        if attn.pool or attn.within:
+            raise ValueError("maps of a Hiera need a last block that sees all tokens and does not pool")
+        order = unit_index(h, w, tokens.shape[2].bit_length() // 2, img.device).flatten()       # (N,)
+        asked = order.argsort()[h // 2 * w + w // 2 if query is None else query]
+        return attn.logits(tokens)[0, :, asked].softmax(-1)[:, order.argsort()].unflatten(1, (h, w))
     if not isinstance(model, Swin):
         a = attn.logits(tokens)[0].softmax(-1)                                                  # (H, 1 + N, 1 + N)
         return a[:, 0 if query is None else 1 + query, 1:].unflatten(1, (h, w))
@@ -192,7 +225,7 @@ class Config:
     patch_pixels: float | None = opt(None, "pixels of a patch's side, for distances (default: its own; paper: 14)", 0)
     pictures: tuple[str, ...] | None = opt(None, "image files, or folders of them; resized to --img-size (DINO: 480)")
     mass: float = opt(0.6, "share of a head's attention that its mask keeps", 0, 1)
-    query: int | None = opt(None, "cell that asks, from 0 in reading order (default: cls; of a Swin the middle)", 0)
+    query: int | None = opt(None, "cell that asks, from 0 in reading order (default: cls; else the middle)", 0)
     show: int = opt(4, "heads drawn, evenly from the widest attention to the narrowest", 1)
     top: int = opt(10, "matches of an image that count, the best ones", 1)
     draw: int = opt(4, "images whose matches are drawn", 1)
@@ -522,7 +555,8 @@ def summary(cfg, files):
             options, heads = weights.encoder_options(file, heads=1), None
             messages.append(str(stop))
         with value_errors_exit():
-            model = weights.build(options if weights.is_swin(file) else dict(options, positions="learned", pool=pool))
+            plain = weights.kind_of(file) == "ViT"
+            model = weights.build(dict(options, positions="learned", pool=pool) if plain else options)
         try:
             weights.load_into(model, file, messages.append)
         except SystemExit as stop:

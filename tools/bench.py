@@ -5,6 +5,7 @@ python -m tools.bench --data SET     every row but index; writes results/bench-D
 python -m tools.bench ROW ...        these rows alone:
     step distill moco esvit bootmae  an optimizer step on fixed images: MAE, D-MAE, MoCo v3, EsViT with Swin-T, BootMAE
     simmim maskfeat                  the same of SimMIM and MaskFeat on a ViT
+    hiera networks                   a step of hiera_lite's MAE; images a second of Hiera, ViT-Tiny and Swin-lite
     tokens                           a step with a teacher of timm's, against its forward and the student's step alone
     esvit-loss                       EsViT's losses alone, at several numbers of prototypes
     hog                              HOG of 64 images, against a loop over them, and scikit-image's if it is installed
@@ -53,8 +54,11 @@ from mae import MAE, RECIPES
 from moco_v3 import MoCo, two_views
 from more.bootmae import RECIPES as BOOTMAE
 from more.bootmae import BootMAE
+from more.hiera_mae import RECIPES as HIERA_MAE
+from more.hiera_mae import HieraMAE
 from more.simmim import SimMIM
 from nets.heads import accuracies, knn_counts, sweep
+from nets.hiera import HIERAS, Hiera
 from nets.hog import hog
 from nets.masks import Masks
 from runtime.options import fail
@@ -207,6 +211,16 @@ def esvit_case(case, device):
     return model, loss_of, (images,)
 
 
+def hiera_case(case, device):
+    """The MAE of hiera_lite, see mae_case."""
+    options = {name: HIERA_MAE["hiera_lite"][name] for name in
+               ("decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio")}
+    model = HieraMAE(**options, **HIERAS["hiera_lite"]).to(device)
+    torch.manual_seed(1)
+    inputs = torch.randn(case.batch, 3, 224, 224, device=device), torch.rand(case.batch, model.units, device=device)
+    return model, lambda img, noise: model(img, noise.argsort(1)), inputs
+
+
 def bootmae_case(case, device):
     """BootMAE, see mae_case, on fixed orders of the patches. The average follows at the beginning of a step."""
     model = BootMAE(BOOTMAE[case.model]["decoder_dim"], **MODELS[case.model]).to(device)
@@ -234,7 +248,7 @@ def simmim_case(case, device):
 
 
 NETWORKS = dict(step=mae_case, distill=mae_case, moco=moco_case, esvit=esvit_case, bootmae=bootmae_case,
-                simmim=simmim_case, maskfeat=simmim_case)
+                simmim=simmim_case, maskfeat=simmim_case, hiera=hiera_case)
 
 
 class Step:
@@ -376,6 +390,7 @@ PLANS = {"step": ((16, 64, 256), (256, 1024), [0]), "distill": ((16, 64), (256, 
          "moco": ((16, 64), (256, 1024), [0]), "esvit": ((2, 4), (32,), [65536]),
          "bootmae": ((16, 64), (256, 1024), [0]),
          "simmim": ((16, 64), (256, 1024), [0]), "maskfeat": ((16, 64), (256, 1024), [0]),
+         "hiera": ((16, 64), (256, 1024), [0]),
          "esvit-loss": ((8,), (32,), [4096, 16384, 65536]), "cka-gram": ((128,), (128,), [0]),
          "cka": ((128,), (128,), [0])}
 
@@ -420,6 +435,19 @@ def tokens_rows(cfg, name="vit_small_patch14_reg4_dinov2"):
         spent, _ = in_turns(calls, cfg.pairs, cfg.device)
         spent["parts"] = [a + b for a, b in zip(spent["teacher"], spent["student"])]
         yield make_row(spent, batch, textbook="parts", batch=batch)
+
+
+@torch.no_grad()
+def networks_rows(cfg):
+    """Features of images of 224 pixels, without gradients, by lightweight networks; the ratio is ViT-Tiny's time over
+    Hiera's."""
+    for batch in cfg.batch or ((256,) if cfg.gpu else (16,)):
+        img = torch.randn(batch, 3, 224, 224, device=cfg.device)
+        nets = dict(vit_tiny=ViT(**MODELS["vit_tiny"]), swin_lite=Swin(**SWINS["swin_lite"]),
+                    hiera_lite=Hiera(**HIERAS["hiera_lite"]))
+        calls = {name: partial(net.eval().to(cfg.device), img) for name, net in nets.items()}
+        spent, _ = in_turns(calls, cfg.pairs, cfg.device)
+        yield make_row(spent, batch, ours="hiera_lite", textbook="vit_tiny", batch=batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -566,7 +594,7 @@ def sweep_rows(cfg, count=10_000, dim=192, classes=10, epochs=20):
 
 ROWS = {**{name: partial(step_rows, name=name) for name in PLANS}, "tokens": tokens_rows, "views": views_rows,
         "hog": hog_rows, "segment": segment_rows, "knn": knn_rows, "sweep": sweep_rows, "index": index_rows,
-        "input": input_rows, "both": both_rows,
+        "input": input_rows, "both": both_rows, "networks": networks_rows,
         "augment": partial(input_rows, kinds=("augmented", "timm"), workers=[0], crossed=False)}
 OF_IMAGES = ("input", "both", "augment")                        # these need --data
 

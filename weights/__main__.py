@@ -4,7 +4,7 @@ Say what a checkpoint is: where its weights are, what network they make, what el
 python -m weights FILE        FILE:KEY for one network of several
 """
 
-from weights.reading import encoder_options, is_swin, load_encoder, read, run_as_tool, summary
+from weights.reading import encoder_options, is_swin, kind_of, load_encoder, read, run_as_tool, summary
 
 
 def main(argv):
@@ -16,7 +16,7 @@ def main(argv):
         options["heads"] = weights.config.get("heads") or "not stored"
     print(f"{weights.path}: {weights.layout}")
     print(f"  {'method':<12} {weights.config['method'] or 'not stored'}")
-    print(f"  {'network':<12} {'Swin' if is_swin(weights) else 'ViT'}")
+    print(f"  {'network':<12} {kind_of(weights)}")
     for name, value in options.items():
         print(f"  {name:<12} {value}")
     teacher = weights.config.get("teacher")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nets.beit import BeitViT, TwoHeads
+from nets.hiera import Hiera
 from vit import Swin
 from weights import hugging_face
 from weights.card import card
@@ -57,7 +58,7 @@ def write_safetensors(path, state, facts):
 
 
 # All tensors whose results are added up to tokens, and the patch projection of a Swin, which a norm follows.
-ADDED = re.compile(r"cls_token|pos_embed|patch_embed\..*|.*\.(attn\.proj|mlp\.fc2|downsample\.reduction)\..*")
+ADDED = re.compile(r"cls_token|pos_embed|patch_embed\..*|.*\.(attn\.proj|mlp\.fc2|downsample\.reduction|\d+\.proj)\..*")
 
 
 def with_eps(model, to):
@@ -100,6 +101,12 @@ def timm_folder(model, state, facts):
     if isinstance(model, Swin):                                 # timm renames its tensors by itself
         name = "swin_tiny_patch4_window7_224"
         args.update(depths=c["depths"], window_size=c["window"])
+    elif isinstance(model, Hiera):                              # timm renames these, too
+        name, p = "hiera_tiny_224", c["patch_size"]
+        args = {k: args[k] for k in ("img_size", "in_chans", "embed_dim", "num_heads", "mlp_ratio", "global_pool")}
+        args.update(stages=c["stages"], q_pool=c["q_pool"], mask_unit_attn=c["mask_unit_attn"],
+                    mask_unit_size=(2 ** model.rounds,) * 2, patch_stride=(p, p), patch_kernel=(2 * p - 1,) * 2,
+                    patch_padding=(p - 1, p - 1))
     elif isinstance(model, BeitViT):
         name = "beit_base_patch16_224"
         args.update(depth=c["depth"], use_abs_pos_emb=True, use_rel_pos_bias=c["relative"],
@@ -113,7 +120,7 @@ def timm_folder(model, state, facts):
         args.update(depth=c["depth"])
     data = dict(input_size=[c["in_chans"], *c["img_size"]], fixed_input_size=True, interpolation="bicubic",
                 crop_pct=0.875 if max(c["img_size"]) <= 224 else 1.0, mean=facts["mean"], std=facts["std"],
-                num_classes=c["num_classes"], classifier="head.fc" if isinstance(model, Swin) else "head",
+                num_classes=c["num_classes"], classifier="head.fc" if isinstance(model, (Swin, Hiera)) else "head",
                 first_conv="patch_embed.proj")
     config = dict(architecture=name, num_classes=c["num_classes"], num_features=model.width, global_pool=pool,
                   model_args=args, pretrained_cfg=data)
@@ -138,6 +145,8 @@ def write_onnx(path, model, facts):
 def flaw(weights, model, to, scale):
     """Why a format cannot hold a network, as the text that goes after the file's name, or None. scale: see with_eps."""
     reason = None
+    if to == "hf" and isinstance(model, Hiera):
+        return "is a Hiera, which is not written for transformers here: use --to timm, safetensors or onnx"
     if to in FOLDERS:
         reason = unfit_for_timm(model) if to == "timm" else hugging_face.unfit(model)
     if not 0.25 <= scale <= 4:                                  # in half precision such tokens would overflow

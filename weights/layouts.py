@@ -67,6 +67,7 @@ TORCHVISION = [
 ]
 TIMM_SWIN = [                                           # it merges at the beginning of a stage, not at the end of one
     (r"(?<=layers\.)(\d+)(?=\.downsample\.)", lambda found: str(int(found[1]) - 1)), (r"(^|\.)head\.fc\.", r"\1head.")]
+TIMM_HIERA = [(r"(^|\.)head\.norm\.", r"\1norm."), (r"(^|\.)head\.fc\.", r"\1head.projection.")]
 LIGHTLY = [(r"(^|\.)backbone\.vit\.", r"\1"), (r"(^|\.)decoder\.(?=decoder_|mask_token$)", r"\1")]
 
 LAYOUTS = [
@@ -77,6 +78,7 @@ LAYOUTS = [
     Layout("torchvision's Swin", r"(^|\.)features\.1\.0\.attn\.relative_position_bias_table$", 1e-5, TORCHVISION),
     Layout("Swin's own code", r"(^|\.)layers\.0\.downsample\.", None, []),
     Layout("timm's Swin", r"(^|\.)layers\.1\.downsample\.", 1e-5, TIMM_SWIN),
+    Layout("timm's Hiera", r"(^|\.)head\.norm\.weight$", 1e-6, TIMM_HIERA),
     Layout("lightly's MAE", r"(^|\.)decoder\.decoder_blocks\.", None, LIGHTLY),
 ]
 
@@ -199,6 +201,7 @@ def timm_settings(config, state):
         raise ValueError("has a head that reads a mean of normed tokens (no fc_norm): the network here norms the mean")
     entry = re.match(r"(vit|deit3?)_([a-z]+)_", name)
     found = dict(heads=args.get("num_heads", entry and TIMM_HEADS.get(entry[2])), window=args.get("window_size"),
+                 q_pool=args.get("q_pool"),
                  img_size=args.get("img_size", (data.get("input_size") or [None])[1:]) or None, mean=data.get("mean"),
                  std=data.get("std"), classes=config.get("label_names") or data.get("label_names"))
     return {option: value for option, value in found.items() if value is not None}

@@ -194,9 +194,9 @@ def read(path, key=None):
             refuse(path, f"has {foreign}, which the network here has no place for{layouts.as_teacher(foreign)}")
         layout = (f"under {places[0]!r}" if places else "a bare state dict") + (prefix and f", behind {prefix!r}")
         weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
-        for part in () if is_swin(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
+        for part in NEEDED[kind_of(weights)]:
             if not any(k.startswith(part.split()[0]) for k in state):
-                refuse(path, f"is no plain vision transformer and no Swin: it has no {part}; it has {summary(state)}")
+                refuse(path, f"is no plain vision transformer, Swin or Hiera: it has no {part}; it has {summary(state)}")
         state = checked_tensors(path, state)
         layouts.join_qkv(state)
         beside = dict(eps=library and library.eps) | layouts.settings_of(place, state)
@@ -240,6 +240,17 @@ def summary(names):
 # ----------------------------------------------------------------------------------------------------------------
 # What network a file holds
 
+# What a file of each kind of network has, beside patch_embed.
+NEEDED = dict(ViT=("blocks", "pos_embed (positions)", "cls_token"), Swin=(), Hiera=("pos_embed (positions)",))
+
+
+def kind_of(weights):
+    """The kind of network that a file holds: "ViT", "Swin" or "Hiera"."""
+    if naming.stage_starts(weights.state):
+        return "Hiera"
+    return "Swin" if is_swin(weights) else "ViT"
+
+
 def is_swin(weights):
     return "layers.0.blocks.0.attn.relative_position_bias_table" in weights.state
 
@@ -265,8 +276,8 @@ def vit_options(weights, heads=None, flag="--heads"):
     """The options of ViT, or of BeitViT, that a file shows. heads, if given (by the option `flag`), wins over those
     stored. SystemExit when nothing tells the heads or the grid."""
     state = weights.state
-    if is_swin(weights):
-        refuse(weights.path, "is a Swin, and here a plain vision transformer is expected")
+    if kind_of(weights) != "ViT":
+        refuse(weights.path, f"is a {kind_of(weights)}, and here a plain vision transformer is expected")
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     table = state.get("blocks.0.attn.relative_position_bias_table")
     usual_heads = HEADS.get(dim) if table is None else table.shape[1]
@@ -315,9 +326,21 @@ def swin_options(weights):
                 img_size=size, eps=config.get("eps") or (1e-5 if masks else 1e-6))
 
 
+def hiera_options(weights, heads=None, flag="--heads"):
+    """The options of Hiera that a file shows, see naming.hiera_shape. SystemExit when it is none."""
+    if kind_of(weights) != "Hiera":
+        refuse(weights.path, f"is a {kind_of(weights)}, and here a Hiera is expected")
+    try:
+        return naming.hiera_shape(weights.state, weights.config, heads, flag) | dict(mlp_ratio=mlp_ratio_of(weights))
+    except ValueError as error:
+        refuse(weights.path, str(error))
+
+
 def encoder_options(weights, heads=None, flag="--heads"):
-    """swin_options of a Swin's file, else vit_options."""
-    return swin_options(weights) if is_swin(weights) else vit_options(weights, heads, flag)
+    """The options of the network in a file, whatever its kind."""
+    if is_swin(weights):
+        return swin_options(weights)
+    return (hiera_options if kind_of(weights) == "Hiera" else vit_options)(weights, heads, flag)
 
 
 def init_mlp_ratio(cfg):
@@ -353,6 +376,10 @@ def fitted(weights, model, say):
     state, want = dict(weights.state), model.state_dict()
     name = "patch_embed.proj.weight"
     state[name] = naming.projection_for(want[name].shape[1], state[name])
+    if kind_of(weights) == "Hiera":
+        for line in naming.fit_hiera(state, hiera_options(weights, heads=1)["img_size"], model):
+            say(f"{weights.path}: {line}")
+        return state
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in state and name in want and state[name].shape[::2] == want[name].shape[::2]:
             state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
@@ -413,14 +440,14 @@ def load_into(model, weights, say=print):
 
 
 def load_encoder(path, heads=None, say=print, **options):
-    """The encoder in a file, with its weights, in eval mode. options of ViT or Swin (pool, num_classes, img_size, ...)
-    win over the file's; a Swin has one pool, so that option is ignored there."""
+    """The encoder in a file, with its weights, in eval mode. options of the network (pool, num_classes, img_size, ...)
+    win over the file's; a Swin and a Hiera have one pool, so that option is ignored there."""
     weights = read(path)
     found = encoder_options(weights, heads)
-    if is_swin(weights):
-        options.pop("pool", None)
-    else:
+    if kind_of(weights) == "ViT":
         found["positions"] = "learned"
+    else:
+        options.pop("pool", None)
     try:
         model = naming.build({**found, **options})
     except ValueError as error:
@@ -431,19 +458,20 @@ def load_encoder(path, heads=None, say=print, **options):
 
 def load_classifier(weights, heads=None, flag="--heads", **options):
     """What a file holds, with its head if it has one -> (network in eval mode, names of the tensors it has no use for).
-    options of ViT or Swin win over the file's. SystemExit when a tensor is missing, or as in load_into."""
-    state, config, swin = weights.state, weights.config, is_swin(weights)
+    options of the network win over the file's. SystemExit when a tensor is missing, or as in load_into."""
+    state, config, kind = weights.state, weights.config, kind_of(weights)
     found = encoder_options(weights, heads, flag)
-    if not swin:
+    if kind == "ViT":
         found.update(pool="avg" if "fc_norm.weight" in state else "cls", positions="learned",
                      resize_offset=config.get("resize_offset") or 0.0)
     # A head of another width reads more than this network's feature: several blocks, or what a projector projects.
-    width = found["dim"] * 2 ** (len(found["depths"]) - 1) if swin else found["dim"]
-    head = state.get("head.weight") if "head.bias" in state else None
+    stages = found.get("depths") or found.get("stages") or "1"
+    width, name = found["dim"] * 2 ** (len(stages) - 1), "head.projection" if kind == "Hiera" else "head"
+    head = state.get(f"{name}.weight") if f"{name}.bias" in state else None
     found["num_classes"] = len(head) if head is not None and head.shape[1:] == (width,) else 0
     try:
         found.update(options)
-        model = TwoHeads(**found) if "head_dist.weight" in state and not swin else naming.build(found)
+        model = TwoHeads(**found) if "head_dist.weight" in state and kind == "ViT" else naming.build(found)
     except ValueError as error:
         refuse(weights.path, f"makes no network: {error}")
     missing = load_into(model, weights, say=lambda text: None)
