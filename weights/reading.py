@@ -196,7 +196,8 @@ def read(path, key=None):
         weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
         for part in NEEDED[kind_of(weights)]:
             if not any(k.startswith(part.split()[0]) for k in state):
-                refuse(path, f"is no plain vision transformer, Swin or Hiera: it has no {part}; it has {summary(state)}")
+                refuse(path, f"is no plain vision transformer, Swin or Hiera: it has no {part}; it has "
+                             f"{summary(state)}")
         state = checked_tensors(path, state)
         layouts.join_qkv(state)
         beside = dict(eps=library and library.eps) | layouts.settings_of(place, state)
