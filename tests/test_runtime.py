@@ -575,6 +575,7 @@ def test_a_second_signal_ends_a_process_at_once(tmp_path, first, second, ends):
     code = """if True:
         import os, signal, sys, time
         from test_runtime import stop_check_in
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)            # under nohup it is ignored
         check, _ = stop_check_in(sys.argv[1])
         for _ in range(2):
             os.kill(os.getpid(), getattr(signal, sys.argv[2]))
