@@ -27,7 +27,7 @@ DIMENSIONS = {r"patch_embed\.proj\.weight": 4, r"((decoder_)?pos_embed|cls_token
 # What the options are that a file may store: "one" of a kind, a "list" of them, or "either".
 STORED = dict(heads=(Integral, "either"), img_size=(Integral, "either"), window=(Integral, "one"), eps=(Real, "one"),
               resize_offset=(Real, "one"), mean=(Real, "list"), std=(Real, "list"), classes=(str, "list"),
-              method=(str, "one"), final_norm=(str, "one"))
+              method=(str, "one"), final_norm=(str, "one"), decoder_heads=(Integral, "one"), mask_ratio=(Real, "one"))
 IN_WORDS = {Integral: "whole numbers above 0 were", Real: "finite numbers were", str: "text was"}
 
 

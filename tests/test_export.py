@@ -1,4 +1,5 @@
 """weights/export.py: others must compute from the file what we compute from the checkpoint."""
+import importlib.util
 import json
 import subprocess
 import sys
@@ -69,6 +70,14 @@ def swin(**options):
                     **options}).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
+    return model
+
+
+def faint(model):
+    """The same network, in which what comes before the first norm is small, so that its eps counts."""
+    for name, p in model.named_parameters():
+        if name.startswith(("cls_token", "pos_embed", "patch_embed.proj")):
+            p.data *= 1e-3
     return model
 
 
@@ -199,16 +208,33 @@ def test_timm_takes_relative_positions_as_a_beit(tmp_path, options):
                                rtol=1e-5, atol=1e-5)
 
 
+EPS = {"Swin as EsViT trains it": lambda **eps: swin(num_classes=5, **(dict(eps=1e-6) | eps)),
+       "ViT": lambda **eps: vit(**(dict(eps=1e-5) | eps)),
+       "BeitViT": lambda **eps: special(**RELATIVE, **(dict(eps=1e-5) | eps))}
+
+
+@pytest.mark.parametrize("name", EPS)
+def test_timm_and_another_eps(tmp_path, capsys, name):
+    """timm's networks have an eps of their own: the tensors are scaled so that it computes the same."""
+    timm = pytest.importorskip("timm")
+    model, img = faint(EPS[name]()), torch.randn(2, 3, *EPS[name]().config["img_size"])
+    other = faint(EPS[name](eps=1.1e-5 - model.config["eps"]))
+    assert (other(img) - model(img)).abs().max() > 1e-3         # the eps counts
+    out = export.export(saved(tmp_path / "e.pt", model), "timm")
+    torch.testing.assert_close(timm.create_model(f"local-dir:{out}", pretrained=True).eval()(img), model(img),
+                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_classifier(read(out))[0](img), model(img), rtol=1e-5, atol=1e-5)
+    assert "times as large as in the checkpoint" in capsys.readouterr().out
+
+
 def test_what_timm_has_no_place_for(tmp_path):
     model = special(TwoHeads)
     path, img = saved(tmp_path / "e.pt", model), torch.randn(2, 3, 16, 24)
     with pytest.raises(SystemExit, match="has two heads, which timm does not support: use --to safetensors"):
         export.export(path, "timm")
     assert torch.equal(load_classifier(read(export.export(path, "safetensors")))[0](img), model(img))
-    with pytest.raises(SystemExit, match="has an eps of 1e-05, which timm"):
-        export.export(saved(tmp_path / "eps.pt", vit(eps=1e-5)), "timm")
-    with pytest.raises(SystemExit, match="has an eps of 1e-06, which timm"):                     # EsViT's Swin
-        export.export(saved(tmp_path / "swin.pt", swin(eps=1e-6)), "timm")
+    with pytest.raises(SystemExit, match="has an eps of 1e-12, which timm"):
+        export.export(saved(tmp_path / "eps.pt", vit(eps=1e-12)), "timm")
     # timm pads after it rolls, rounds maps up, and takes height and width apart.
     for i, (size, words) in enumerate([((16, 32), "4 x 8 tokens and windows of 4"), ((24, 24), "6 x 6 .* windows of 4"),
                                        ((12, 12), "6 x 6 .* windows of 4"), ((6, 6), "2 x 2 .* windows of 1")]):
@@ -216,23 +242,37 @@ def test_what_timm_has_no_place_for(tmp_path):
             export.export(saved(tmp_path / f"flat{i}.pt", swin(img_size=size)), "timm")
 
 
+def onnx_engines(path):
+    """Functions of an image: ONNX's own slow reference, and onnxruntime where it is installed."""
+    engines = [pytest.importorskip("onnx.reference").ReferenceEvaluator(path)]
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+        engines.append(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
+    return [lambda img, engine=engine: torch.from_numpy(engine.run(None, {"image": img.numpy()})[0])
+            for engine in engines]
+
+
+ONNX = {"encoder": lambda: vit(depth=1), "classifier": lambda: special(BeitViT, depth=1),
+        "all at once": lambda: special(TwoHeads, depth=1, **RELATIVE),
+        "swin": lambda: swin(num_classes=4, img_size=(32, 48), depths=(2, 1))}
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")                          # torch 2.11 warns of itself
-@pytest.mark.parametrize("network, options", [(BeitViT, {}), (TwoHeads, RELATIVE), (Swin, {})],
-                         ids=["plain", "all at once", "swin"])
-def test_onnx_computes_the_same(tmp_path, network, options):
+@pytest.mark.parametrize("name", ONNX)
+def test_onnx_computes_the_same(tmp_path, name):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     onnx = pytest.importorskip("onnx")
-    from onnx.reference import ReferenceEvaluator
-    model = special(network, depth=1, **options) if network is not Swin else swin(num_classes=4, img_size=(32, 48))
+    model = ONNX[name]()
     out = export.export(saved(tmp_path / "e.pt", model, mean=(0.1, 0.2, 0.3)), "onnx")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.onnx", "e.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.onnx", "e.onnx.md", "e.pt"]
     file = onnx.load(out)
     assert {p.key: p.value for p in file.metadata_props}["heads"] == str(model.config["heads"])
     assert file.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-    for images in (1, 5):
-        img = torch.randn(images, 3, *model.config["img_size"])
-        found, = ReferenceEvaluator(file).run(["logits"], {"image": img.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), model(img), rtol=1e-5, atol=1e-5)
+    assert file.graph.output[0].name == ("logits" if model.config["num_classes"] else "features")
+    for engine in onnx_engines(out):
+        for images in (1, 5):
+            img = torch.randn(images, 3, *model.config["img_size"])
+            torch.testing.assert_close(engine(img), model(img), rtol=1e-5, atol=1e-5)
 
 
 def test_onnx_needs_its_packages(tmp_path, monkeypatch):
@@ -308,7 +348,7 @@ def test_what_cannot_be_exported(tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "required: FILE, --to"), (["x.pt"], "required: --to"), (["x.pt", "--to", "hf"], "invalid choice: 'hf'"),
+    ([], "required: FILE, --to"), (["x.pt"], "required: --to"), (["x.pt", "--to", "tf"], "invalid choice: 'tf'"),
     (["x.pt", "--to", "timm"], "does not exist"), (["x.pt", "--to", "timm", "--heads", "0"], "at least 1"),
     (["x.pt", "--too", "timm"], "python -m weights.export:")])
 def test_command_line_in_words(tmp_path, monkeypatch, argv, words):

@@ -31,6 +31,11 @@ def hugging_face(model, config, **options):
     return getattr(transformers, model)(getattr(transformers, config)(**options))
 
 
+def beit(**options):
+    options = dict(use_absolute_position_embeddings=True, use_mean_pooling=False) | options
+    return hugging_face("BeitModel", "BeitConfig", **VIT, **options)
+
+
 HUGGING_FACE = {
     "ViTMAEModel": lambda: hugging_face("ViTMAEModel", "ViTMAEConfig", **VIT, **DECODER),
     "ViTMAEForPreTraining": lambda: hugging_face("ViTMAEForPreTraining", "ViTMAEConfig", **VIT, **DECODER),
@@ -39,6 +44,7 @@ HUGGING_FACE = {
     "ViTMSNModel": lambda: hugging_face("ViTMSNModel", "ViTMSNConfig", **VIT),
     "Dinov2Model": lambda: hugging_face("Dinov2Model", "Dinov2Config", **DINO),
     "Dinov2ForImageClassification": lambda: hugging_face("Dinov2ForImageClassification", "Dinov2Config", **DINO),
+    "BeitModel": lambda: beit(use_relative_position_bias=True),
     "SwinModel": lambda: hugging_face("SwinModel", "SwinConfig", **SWIN),
     "SwinForImageClassification": lambda: hugging_face("SwinForImageClassification", "SwinConfig", **SWIN, **LABELS),
 }
@@ -369,8 +375,8 @@ REFUSED = {
     "HF SwiGLU": (lambda: hugging_face("Dinov2Model", "Dinov2Config", **DINO, use_swiglu_ffn=True), "SwiGLU"),
     "HF no biases": (lambda: hugging_face("ViTModel", "ViTConfig", **VIT, qkv_bias=False), "without biases"),
     "HF BEiT": (lambda: hugging_face("BeitModel", "BeitConfig", **VIT), "it has no pos_embed"),
-    "HF BEiT with positions": (lambda: hugging_face("BeitModel", "BeitConfig", **VIT,
-                                                    use_absolute_position_embeddings=True), "no blocks.0.attn.k.bias"),
+    "HF BEiT that shares positions": (lambda: beit(use_shared_relative_position_bias=True),
+                                      "relative_position_bias_table, which the network here has no place for"),
     "HF CLIP": (lambda: hugging_face("CLIPVisionModel", "CLIPVisionConfig", **VIT), "CLIP's pre-norm .pre_layrnorm"),
     "HF SigLIP": (lambda: hugging_face("SiglipVisionModel", "SiglipVisionConfig", **VIT), "has pooling by attention"),
     "HF I-JEPA": (lambda: hugging_face("IJepaModel", "IJepaConfig", **VIT), "it has no cls_token"),

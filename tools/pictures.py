@@ -15,8 +15,7 @@ from mae import MAE, draw
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
 from runtime.run import launch
 from weights import load_into, read, vit_options
-
-DECODER_HEADS = {96: 3, 192: 6, 512: 16}                        # of published decoders, by their width
+from weights.reading import DECODER_HEADS
 
 
 @dataclass

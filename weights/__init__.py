@@ -1,4 +1,4 @@
-"""Checkpoints: every public layout in (reading.py); ours out for timm, as safetensors, as ONNX (export.py)."""
+"""Checkpoints: every public layout in (reading.py); ours out for others (export.py)."""
 # ruff: noqa: F401, I001
 from nets.naming import build, layer_of
 from weights.reading import Weights, damage_in, digest, encoder_options, file_and_key, grid_of, init_mlp_ratio

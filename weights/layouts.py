@@ -22,7 +22,11 @@ def torchvision_stage(found):
 
 
 HUGGING_FACE = [
-    (r"(^|\.)(vit|deit|dinov2|swin)\.(?=(embeddings|encoder|layers|layernorm|pooler)\.)", r"\1"),   # heads stand beside
+    # Heads stand beside these.
+    (r"(^|\.)(vit|deit|dinov2|swin|beit)\.(?=(embeddings|encoder|layers|layernorm|pooler)\.)", r"\1"),
+    (r"(^|\.)pooler\.layernorm\.", r"\1fc_norm."),                               # BEiT
+    (r"(^|\.)encoder\.(?=relative_position_bias\.)", r"\1"),                  # BEiT's that all blocks share
+    (r"(\d)\.relative_position_bias\.", r"\1.attention."),
     (r"embeddings\.norm\.", "patch_embed.norm."),                               # Swin
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"embeddings\.position_embeddings$", "pos_embed"),
@@ -41,6 +45,7 @@ HUGGING_FACE = [
     (r"intermediate\.dense\.", "mlp.fc1."),
     (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"layer_scale([12])\.lambda1$", r"gamma_\1"),
+    (r"lambda_([12])$", r"gamma_\1"),                                           # BEiT
     (r"(^|\.)layernorm\.", r"\1norm."),
     (r"(^|\.)classifier\.", r"\1head."),
 ]
@@ -89,9 +94,10 @@ PARTS = {
 
 # Of config.json: Hugging Face's model types that are read, with their default eps; what its options are called here;
 # the heads of timm's entries, which it has only where they are others. FILES: what the weights beside it are called.
-TYPES = dict(vit=1e-12, vit_mae=1e-12, deit=1e-12, vit_msn=1e-6, dinov2=1e-6, swin=1e-5)
+TYPES = dict(vit=1e-12, vit_mae=1e-12, deit=1e-12, vit_msn=1e-6, dinov2=1e-6, swin=1e-5, beit=1e-12)
 OPTIONS = dict(num_attention_heads="heads", num_heads="heads", layer_norm_eps="eps", image_size="img_size",
-               window_size="window", decoder_num_attention_heads="decoder_heads", norm_pix_loss="norm_pix")
+               window_size="window", decoder_num_attention_heads="decoder_heads", norm_pix_loss="norm_pix",
+               mask_ratio="mask_ratio")
 TIMM_HEADS = dict(tiny=3, small=6, base=12, large=16, huge=16)
 FILES = "model.safetensors", "pytorch_model.bin"
 AS_TEACHER = "; a student can learn from any ViT of timm's, though: distill.py --teacher timm:NAME --teacher-file FILE"
@@ -121,13 +127,18 @@ def foreign_parts(names):
 
 def join_qkv(state):
     """Put queries, keys and values that are three tensors into one, in place. ValueError when they are others'."""
+    keys_have_biases = any(name.endswith(".attn.k.bias") for name in state)
     for name in [name for name in state if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
-        three = [name.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
-        for other in three:
+        letters = "qkv" if keys_have_biases or name.endswith("weight") else "qv"            # BEiT's keys have none
+        parts = [name.replace(".attn.q.", f".attn.{letter}.") for letter in letters]
+        for other in parts:
             t = state.get(other, torch.empty(()))
             if t.dim() == 0 or (t.shape, t.dtype) != (state[name].shape, state[name].dtype):
-                raise ValueError(f"has {name} and no {other} of the same shape and type (BEiT's keys have no bias)")
-        state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in three])
+                raise ValueError(f"has {name} and no {other} of the same shape and type")
+        if letters == "qkv":
+            state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
+        else:
+            state.update({part.replace(".bias", "_bias"): state.pop(part) for part in parts})
     for block in ("blocks.0", "layers.0.blocks.0"):
         weight, biases = f"{block}.attn.qkv.weight", {f"{block}.attn.qkv.bias", f"{block}.attn.q_bias"}
         if weight in state and not biases & state.keys():

@@ -31,6 +31,7 @@ SAFE = [argparse.Namespace, np.dtype, *(type(np.dtype(c)) for c in "?bBhHiIlLqQe
 
 # Heads leave no trace in the shapes of tensors. These widths have one published answer; 192 and 384 have two.
 HEADS = {768: 12, 1024: 16, 1280: 16}
+DECODER_HEADS = {96: 3, 192: 6, 512: 16}                        # of published decoders, by their width
 
 # Parts of names that stand before the weights of the one network that is meant, where a file holds several.
 OUTER = {"module", "_orig_mod", "base_encoder", "backbone", "model", "encoder"}
