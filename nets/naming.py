@@ -1,5 +1,5 @@
 """
-What names, shapes and options tell of the networks of vit.py and nets/beit.py: which tensors are the encoder's, which
+What names, shapes and options tell of the networks of vit.py and nets/: which tensors are the encoder's, which
 network has these options, which layer a parameter is of, for which window a table of relative positions is. No files:
 those are read in weights/.
 """
@@ -10,10 +10,22 @@ from numbers import Integral, Real
 import torch
 
 from nets.beit import BeitViT, resize_relative
-from vit import Swin, ViT
+from nets.cvt import CVTS, CvT, cvt_options
+from nets.vil import VILS, ViL, vil_options
+from vit import MODELS, SWINS, Swin, ViT
+
+# Networks of several stages: name of the model -> its class and options.
+PYRAMIDS = {name: (Swin, options) for name, options in SWINS.items()}
+PYRAMIDS |= {name: (ViL, options) for name, options in VILS.items()}
+PYRAMIDS |= {name: (CvT, options) for name, options in CVTS.items()}
+
+# The projection of patches, which every network begins with, and what else than a ViT or Swin its name tells.
+STEM = "patch_embed.proj.weight"
+STEMS = {STEM: None, "layer1.0.proj.weight": ViL, "stage0.0.proj.weight": CvT}
+OPTIONS = {ViL: vil_options, CvT: cvt_options}                  # what finds their options in a file
 
 # Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
-ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
+ENCODER = re.compile(r"(blocks|layers?\d*|stage\d+|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
                      r"(?!dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
 
 # What may be missing: a task's own layers, and what relative positions and layer scale add to a plain network.
@@ -21,8 +33,9 @@ FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_toke
                    r".*\.(gamma_[12]|[qv]_bias|relative_position_bias_table)$")
 
 # How many dimensions the tensors have that tell what the network is.
-DIMENSIONS = {r"patch_embed\.proj\.weight": 4, r"((decoder_)?pos_embed|cls_token)": 3,
-              r"((decoder_)?blocks|layers)\..*\.(fc1\.weight|relative_position_bias_table)|decoder_embed\.weight": 2}
+DIMENSIONS = {r"(patch_embed|layer\d+\.0|stage\d+\.0)\.proj\.weight": 4,
+              r"((decoder_)?pos_embed|(.*\.)?cls_token|.*\.x_pos_embed)": 3,
+              r"((decoder_)?blocks|layers?\d*|stage\d+)\..*(fc1\.weight|\w+_bias_table)|decoder_embed\.weight": 2}
 
 # What the options are that a file may store: "one" of a kind, a "list" of them, or "either".
 STORED = dict(heads=(Integral, "either"), img_size=(Integral, "either"), window=(Integral, "one"), eps=(Real, "one"),
@@ -62,24 +75,63 @@ def wrong_tensor(name, t):
         return f"NaN or infinite weights in {name}: the run has diverged, or the file is damaged"
 
 
+def stem_of(state):
+    """The name of the patch projection among the tensors of a network."""
+    return next(name for name in STEMS if name in state)
+
+
+def kind_of(options):
+    """The class of a network of several stages that has these options."""
+    if "dims" not in options:
+        return Swin
+    return ViL if "sparse" in options else CvT
+
+
+def width_of(options):
+    """The width of the tokens that a network with these options ends with."""
+    if "dims" in options:
+        return options["dims"][-1]
+    return options["dim"] * 2 ** (len(options["depths"]) - 1) if "depths" in options else options["dim"]
+
+
+def models_with(options):
+    """The names of the models whose class, widths and depths are those of these options."""
+    if "depths" not in options:
+        wanted = options["dim"], options["depth"]
+        return [name for name, m in MODELS.items() if (m["dim"], m["depth"]) == wanted]
+    wanted = kind_of(options), options.get("dim"), options.get("dims"), options["depths"]
+    return [name for name, (kind, m) in PYRAMIDS.items()
+            if (kind, m.get("dim"), m.get("dims"), m["depths"]) == wanted]
+
+
 def build(options):
     """A network with random weights: a Swin, BeitViT or ViT, whichever has these options. ValueError as there."""
     if "depths" in options:
-        return Swin(**options)
+        return kind_of(options)(**options)
     return BeitViT(**options) if options.keys() & {"relative", "layer_scale", "key_bias"} else ViT(**options)
 
 
+# A parameter's stage and its place in it, by network; embeddings and mergings between stages have no place.
+PLACES = {Swin: r"layers\.(\d+)\.(?:blocks\.(\d+)\.|downsample)", ViL: r"layer(\d+)\.(\d+)\.",
+          CvT: r"stage(\d+)\.(?:0|1\.layers\.(\d+))\."}
+
+
 def layer_of(model, name):
-    """The layer that a parameter of a ViT or Swin belongs to: 0 before the blocks, then the block's number from 1, then
-    depth + 1. A Swin's blocks count through its stages, and a merging belongs to the block before it."""
+    """The layer that a parameter belongs to: 0 before the blocks, then the block's number from 1, then depth + 1.
+    Blocks count through stages, and what joins two stages belongs to the block before it."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
-    found = re.match(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)|downsample)", name)
+    kind = type(model)
+    found = re.match(PLACES.get(kind, r"()blocks\.(\d+)\."), name)
     if not found:
         return model.depth + 1
+    stage, place = int(found[1] or 0), found[2]
+    if kind is ViL:                                             # embedding, attention, MLP, attention, MLP, ...
+        stage, place = stage - 1, (int(place) - 1) // 2 if int(place) else None
     depths = model.config.get("depths", (model.depth,))
-    stage = int(found[1] or 0)
-    return sum(depths[:stage]) + (int(found[2]) + 1 if found[2] else depths[stage])
+    if place is None:
+        return sum(depths[:stage + (kind is Swin)])
+    return sum(depths[:stage]) + int(place) + 1
 
 
 def projection_for(channels, weight):
@@ -122,6 +174,15 @@ def resize_swin_tables(state, want):
             state[name] = resize_relative(state[name], (old, old), (new, new))
             lines.append(f"{name} is resized from windows of {old} to {new}")
     return lines
+
+
+def resize_vil_tables(state, old, new):
+    """The same for a ViL whose stages had maps (h, w) `old` and have `new`, where all of a map is attended to."""
+    for stage, grids in enumerate(zip(old, new), 1):
+        for name in [k for k in state if re.match(rf"layer{stage}\.\d+\.attn\.qkv\.weight", k)]:
+            table = name.replace("qkv.weight", "local_relative_position_bias_table")
+            if table in state:
+                state[table] = resize_relative(state[table], *grids)
 
 
 def resize_vit_tables(state, old, new):

@@ -16,11 +16,43 @@ from vit import MLP, Pyramid, ViT, drop_path, pair
 VILS = {
     "vil_mini": dict(dims=(48, 96), depths=(2, 4), heads=(2, 4), sparse=(True, False), global_tokens=(1, 0), window=3,
                      mode=1),                                   # our own, for images of 32 to 64 pixels
-    "vil_tiny": dict(mode=1),                                   # 27.57 M, as the command in EsViT's README builds it
+    # 27.57 M parameters, as the command in EsViT's README builds it.
+    "vil_tiny": dict(dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), mode=1),
 }
 
 
-class Branch(nn.Module):
+def vil_options(state, config):
+    """The options of ViL that tensors by name, and what is stored beside them, show. ValueError where nothing tells the
+    heads: with absolute positions they leave no trace in the tensors."""
+    stages = [f"layer{i}." for i in range(1, 1 + sum(name.endswith(".0.proj.weight") for name in state))]
+    first, fc1 = state["layer1.0.proj.weight"], state["layer1.2.mlp.fc1.weight"]
+    tables = [state.get(f"{stage}1.attn.local_relative_position_bias_table") for stage in stages]
+    clses = [state.get(f"{stage}0.cls_token") for stage in stages]
+    depths = tuple(sum(name.startswith(stage) and name.endswith(".attn.proj.weight") for name in state)
+                   for stage in stages)
+    sparse = tuple(f"{stage}1.attn.query.weight" in state for stage in stages)
+    relative, patch = tables[0] is not None, first.shape[-1]
+    window, size, heads = config.get("window") or 7, config.get("img_size"), config.get("heads")
+    if relative:
+        heads = [table.shape[1] for table in tables]
+    if not isinstance(heads, (list, tuple)):
+        raise ValueError("a ViL with absolute positions whose file does not say the heads of each stage")
+    if relative and sparse[0]:                                  # (4 * window - 1)^2 offsets
+        window = (round(len(tables[0]) ** 0.5) + 1) // 4
+    if not size and relative and not sparse[-1]:                # (2 * side - 1)^2 offsets on a map of that side
+        size = (round(len(tables[-1]) ** 0.5) + 1) // 2 * patch << len(stages) - 1
+    if not size and not relative:
+        size = state["layer1.0.x_pos_embed"].shape[1] * patch
+    own = state.get("layer1.1.attn.query_global.weight")        # files have shared weights twice, under both names
+    share = own is None or torch.equal(own, state["layer1.1.attn.query.weight"])
+    return dict(dims=tuple(len(state[f"{stage}0.proj.weight"]) for stage in stages), depths=depths, heads=tuple(heads),
+                sparse=sparse, global_tokens=tuple(0 if cls is None else cls.shape[1] for cls in clses), window=window,
+                relative=relative, mode=config.get("mode") or 0, exact=config.get("exact") or 0, share=share,
+                avg_pool=bool(config.get("avg_pool")), mlp_ratio=len(fc1) / fc1.shape[1], patch_size=patch,
+                in_chans=first.shape[1], img_size=pair(size or 224), eps=config.get("eps") or 1e-6)
+
+
+class VilBranch(nn.Module):
     """x + part(norm(x)), where the part is attention or an MLP; stochastic depth leaves it out for some images."""
 
     def __init__(self, dim, name, part, rate, eps):
@@ -33,7 +65,7 @@ class Branch(nn.Module):
         return x + (drop_path(branch, self.rate) if self.training and self.rate else branch)
 
 
-class Embedding(nn.Module):
+class VilEmbedding(nn.Module):
     """Merge p x p neighbours of a map into a token, and put G new global tokens before them."""
 
     def __init__(self, in_chans, dim, p, tokens, eps, grid=None):
@@ -91,6 +123,8 @@ class ViL(Pyramid):
                  relative=True, mode=0, exact=0, share=True, avg_pool=False, mlp_ratio=4.0, num_classes=0,
                  drop_path=0.0, eps=1e-6):
         super().__init__()
+        if mode not in (-1, 0, 1) or exact not in (-1, 0, 1):
+            raise ValueError(f"mode and exact of a ViL are -1, 0 or 1, not {mode} and {exact}")
         self.config = dict(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, dims=dims, depths=depths,
                            heads=heads, sparse=sparse, global_tokens=global_tokens, window=window, relative=relative,
                            mode=mode, exact=exact, share=share, avg_pool=avg_pool, mlp_ratio=mlp_ratio,
@@ -104,14 +138,14 @@ class ViL(Pyramid):
         stages = zip(maps, dims, depths, heads, sparse, global_tokens, strict=True)
         for number, (grid, dim, depth, h, chunked, tokens) in enumerate(stages, 1):
             p, channels = (2, dims[number - 2]) if number > 1 else (patch_size, in_chans)
-            stage = [Embedding(channels, dim, p, tokens, eps, None if relative else grid)]
+            stage = [VilEmbedding(channels, dim, p, tokens, eps, None if relative else grid)]
             for _ in range(depth):
                 if chunked:
                     attn = ChunkAttention(dim, h, tokens, window, relative, mode, exact, share)
                 else:
                     attn = FullAttention(dim, h, tokens, grid if relative else None)
                 rate = next(rates)
-                stage += [Branch(dim, "attn", attn, rate, eps), Branch(dim, "mlp", MLP(dim, mlp_ratio), rate, eps)]
+                stage += [VilBranch(dim, "attn", attn, rate, eps), VilBranch(dim, "mlp", MLP(dim, mlp_ratio), rate, eps)]
             self.add_module(f"layer{number}", nn.ModuleList(stage))
         self.norm = nn.LayerNorm(self.width, eps=eps)
         self.head = nn.Linear(self.width, num_classes) if num_classes else nn.Identity()

@@ -11,7 +11,8 @@ import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
-from vit import MODELS, SWINS
+from nets.naming import PYRAMIDS
+from vit import MODELS
 from weights import init_mlp_ratio
 
 
@@ -164,9 +165,9 @@ def shorten(cfg, given, recipe):
 
 
 def model_options(name):
-    """What a model's name decides and an option may change: heads of a ViT, window of a Swin, patch size."""
-    if name in SWINS:
-        return dict(window=7, patch_size=4) | {k: v for k, v in SWINS[name].items() if k in ("window", "patch_size")}
+    """What a model's name decides and an option may change: heads of a ViT, window of others, patch size."""
+    if name in PYRAMIDS:
+        return dict(window=7, patch_size=4) | {k: v for k, v in PYRAMIDS[name][1].items() if k == "window"}
     return {k: MODELS[name][k] for k in ("heads", "patch_size")}
 
 

@@ -522,7 +522,7 @@ def summary(cfg, files):
             options, heads = weights.encoder_options(file, heads=1), None
             messages.append(str(stop))
         with value_errors_exit():
-            model = weights.build(options if weights.is_swin(file) else dict(options, positions="learned", pool=pool))
+            model = weights.build(options if weights.is_pyramid(file) else dict(options, positions="learned", pool=pool))
         try:
             weights.load_into(model, file, messages.append)
         except SystemExit as stop:
@@ -531,7 +531,7 @@ def summary(cfg, files):
         others = [name for name in file.state if name not in model.state_dict() and not name.endswith("attn_mask")]
         beside = sum(file.state[name].numel() for name in others)
         row = dict(file=path, layout=file.layout, method=file.config["method"], network=type(model).__name__,
-                   **(options | {"heads": heads}), heads_stored=weights.is_swin(file) or bool(file.config.get("heads")),
+                   **(options | {"heads": heads}), heads_stored=weights.is_pyramid(file) or bool(file.config.get("heads")),
                    mean=file.config.get("mean"), std=file.config.get("std"), parameters=count, other_parameters=beside)
         for name, value in dict(row, others=weights.summary(others), loading="; ".join(messages)).items():
             print(f"  {name} {'not stored' if value is None else value}")

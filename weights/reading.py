@@ -19,7 +19,9 @@ import torch
 
 from nets import naming
 from nets.beit import TwoHeads
-from vit import pair, resize_positions
+from nets.cvt import CvT
+from nets.vil import ViL
+from vit import Swin, pair, resize_positions
 from weights import layouts
 
 # state: tensors by published names; config: the options that the file stores, maybe none; layout: where it all was
@@ -192,9 +194,9 @@ def read(path, key=None):
             refuse(path, f"has {foreign}, which the network here has no place for{layouts.AS_TEACHER}")
         layout = (f"under {places[0]!r}" if places else "a bare state dict") + (prefix and f", behind {prefix!r}")
         weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
-        for part in () if is_swin(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
+        for part in () if is_pyramid(weights) else ("blocks", "pos_embed (positions)", "cls_token"):
             if not any(k.startswith(part.split()[0]) for k in state):
-                refuse(path, f"is no plain vision transformer and no Swin: it has no {part}, but {summary(state)}"
+                refuse(path, f"is no plain vision transformer, Swin, ViL or CvT: it has no {part}, but {summary(state)}"
                              f"{layouts.AS_TEACHER}")
         state = checked_tensors(path, state)
         layouts.join_qkv(state)
@@ -206,7 +208,7 @@ def read(path, key=None):
 
 def prefix_of(path, state, key, keys):
     """What stands before a network's names: "module.backbone.", say. key: a part of it; keys: what the file has."""
-    found = [k.removesuffix("patch_embed.proj.weight") for k in state if f".{k}".endswith(".patch_embed.proj.weight")]
+    found = [k.removesuffix(stem) for stem in naming.STEMS for k in state if f".{k}".endswith(f".{stem}")]
     if not found:
         foreign = layouts.foreign_parts(state)
         refuse(path, f"is no network known here: it has {foreign or 'no patch_embed.proj.weight'}, and holds "
@@ -243,6 +245,11 @@ def is_swin(weights):
     return "layers.0.blocks.0.attn.relative_position_bias_table" in weights.state
 
 
+def is_pyramid(weights):
+    """Whether it is a network of several stages: a Swin, ViL or CvT."""
+    return is_swin(weights) or naming.STEM not in weights.state
+
+
 def mlp_ratio_of(weights, block="blocks.0"):
     """How many times wider than a token a block's MLP is ("decoder_blocks.0": a decoder's); 4 if the file has none."""
     rows, dim = weights.state.get(f"{block}.mlp.fc1.weight", torch.empty(4, 1)).shape
@@ -264,8 +271,9 @@ def vit_options(weights, heads=None, flag="--heads"):
     """The options of ViT, or of BeitViT, that a file shows. heads, if given (by the option `flag`), wins over those
     stored. SystemExit when nothing tells the heads or the grid."""
     state = weights.state
-    if is_swin(weights):
-        refuse(weights.path, "is a Swin, and here a plain vision transformer is expected")
+    if is_pyramid(weights):
+        kind = naming.STEMS[naming.stem_of(state)] or Swin
+        refuse(weights.path, f"is a {kind.__name__}, and here a plain vision transformer is expected")
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     table = state.get("blocks.0.attn.relative_position_bias_table")
     usual_heads = HEADS.get(dim) if table is None else table.shape[1]
@@ -315,8 +323,16 @@ def swin_options(weights):
 
 
 def encoder_options(weights, heads=None, flag="--heads"):
-    """swin_options of a Swin's file, else vit_options."""
-    return swin_options(weights) if is_swin(weights) else vit_options(weights, heads, flag)
+    """swin_options of a Swin's file, and so for every network."""
+    kind = naming.STEMS[naming.stem_of(weights.state)]
+    if kind is None:
+        return swin_options(weights) if is_swin(weights) else vit_options(weights, heads, flag)
+    try:
+        return naming.OPTIONS[kind](weights.state, weights.config)
+    except KeyError as error:
+        refuse(weights.path, f"lacks {error.args[0]}: it is another network, or only a part of a {kind.__name__}")
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        refuse(weights.path, f"is not a network that is known here: {error}")
 
 
 def init_mlp_ratio(cfg):
@@ -350,15 +366,23 @@ def fitted(weights, model, say):
     """The file's tensors, with all positions, absolute and relative, resized to the model's grid or windows, and the
     patch projection of RGB made one of the model's channels."""
     state, want = dict(weights.state), model.state_dict()
-    name = "patch_embed.proj.weight"
-    state[name] = naming.projection_for(want[name].shape[1], state[name])
+    name = naming.stem_of(want)
+    if name in state:
+        state[name] = naming.projection_for(want[name].shape[1], state[name])
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in state and name in want and state[name].shape[::2] == want[name].shape[::2]:
             state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
-    if is_swin(weights):
+    if isinstance(model, ViL) and name in state:
+        if model.config["share"]:                               # files have shared weights under both names
+            state = {k: t for k, t in state.items() if "_global." not in k}
+        options = encoder_options(weights)
+        if options["patch_size"] == model.patch_size:
+            old, new = (model.maps(*size) for size in (options["img_size"], model.config["img_size"]))
+            naming.resize_vil_tables(state, old, new)
+    elif is_swin(weights):
         for line in naming.resize_swin_tables(state, want):
             say(f"{weights.path}: {line}")
-    else:
+    elif not is_pyramid(weights):
         naming.resize_vit_tables(state, grid_of(weights, weights.state["pos_embed"]), model.grid)
     return state
 
@@ -372,12 +396,15 @@ def load_into(model, weights, say=print):
     """
     want, path = model.state_dict(), weights.path
     stored, heads = weights.config.get("heads"), model.config["heads"]
-    if isinstance(stored, Integral) and stored != heads:             # a Swin's are seen in its tensors
+    if isinstance(model, CvT) and stored and tuple(stored) != heads:
+        refuse(path, f"was trained with {tuple(stored)} heads and the network here has {heads}: its tensors would fit "
+                     "and mean something else")
+    if isinstance(stored, Integral) and stored != heads:             # those of others are seen in their tensors
         refuse(path, f"was trained with {stored} heads and the network here has {heads}: its tensors would fit and "
                      f"mean something else; use --heads {stored}")
     state = fitted(weights, model, say)
     # These follow from the grid and are not learned.
-    state = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask"))}
+    state = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask", "rel_pos_idx"))}
     # A head of another shape is another task's, or a projector, which MoCo v3 calls head: not wanted here.
     wrong = [k for k in want if k in state and state[k].shape != want[k].shape and not k.startswith("head.")]
     if wrong:
@@ -389,8 +416,9 @@ def load_into(model, weights, say=print):
             refuse(path, f"holds {k} as {matched[k].dtype}, and floating-point numbers were expected")
     missing = [k for k in want if k not in matched and not k.endswith("relative_position_index")]
     unused = [k for k in state if k not in matched]
-    channels, (_, stored, *_) = model.config["in_chans"], weights.state["patch_embed.proj.weight"].shape
-    rgb = f", patch_embed.proj.weight made from that of RGB for --in-chans {channels}" if stored != channels else ""
+    stem = naming.stem_of(weights.state)
+    channels, stored = model.config["in_chans"], weights.state[stem].shape[1]
+    rgb = f", {stem} made from that of RGB for --in-chans {channels}" if stored != channels else ""
     say(f"{path}: {len(matched)} tensors matched{rgb}; missing, so fresh: "
         f"{', '.join(missing) or 'none'}; not expected: {summary(unused)}")
     # What other blocks have, a block may not start afresh.
@@ -412,10 +440,10 @@ def load_into(model, weights, say=print):
 
 def load_encoder(path, heads=None, say=print, **options):
     """The encoder in a file, with its weights, in eval mode. options of ViT or Swin (pool, num_classes, img_size, ...)
-    win over the file's; a Swin has one pool, so that option is ignored there."""
+    win over the file's; a network of several stages has one pool, so that option is ignored there."""
     weights = read(path)
     found = encoder_options(weights, heads)
-    if is_swin(weights):
+    if is_pyramid(weights):
         options.pop("pool", None)
     else:
         found["positions"] = "learned"
@@ -430,18 +458,18 @@ def load_encoder(path, heads=None, say=print, **options):
 def load_classifier(weights, heads=None, flag="--heads", **options):
     """What a file holds, with its head if it has one -> (network in eval mode, names of the tensors it has no use for).
     options of ViT or Swin win over the file's. SystemExit when a tensor is missing, or as in load_into."""
-    state, config, swin = weights.state, weights.config, is_swin(weights)
+    state, config, pyramid = weights.state, weights.config, is_pyramid(weights)
     found = encoder_options(weights, heads, flag)
-    if not swin:
+    if not pyramid:
         found.update(pool="avg" if "fc_norm.weight" in state else "cls", positions="learned",
                      resize_offset=config.get("resize_offset") or 0.0)
     # A head of another width reads more than this network's feature: several blocks, or what a projector projects.
-    width = found["dim"] * 2 ** (len(found["depths"]) - 1) if swin else found["dim"]
     head = state.get("head.weight") if "head.bias" in state else None
-    found["num_classes"] = len(head) if head is not None and head.shape[1:] == (width,) else 0
+    fits = head is not None and head.shape[1:] == (naming.width_of(found),)
+    found["num_classes"] = len(head) if fits else 0
     try:
         found.update(options)
-        model = TwoHeads(**found) if "head_dist.weight" in state and not swin else naming.build(found)
+        model = TwoHeads(**found) if "head_dist.weight" in state and not pyramid else naming.build(found)
     except ValueError as error:
         refuse(weights.path, f"makes no network: {error}")
     missing = load_into(model, weights, say=lambda text: None)
