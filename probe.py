@@ -32,7 +32,7 @@ from runtime.folder import FileOfRun, Log
 from runtime.options import Options, check, fail, fill, opt, read_command_line, value_errors_exit
 from runtime.probes import encoded, extract
 from runtime.run import Run, launch, print_rank0, warmup_cosine
-from vit import Block, Swin
+from vit import Block, Pyramid
 from weights import load_encoder, read
 
 
@@ -52,7 +52,7 @@ class Config(Options):
     lrs: tuple[float, ...] | None = opt(None, "learning rates of the sweep (default: 20 from 0.0001 to 10)", least=0)
     split: str | None = opt(None, "images whose features are written (default: val)", choices=("train", "val"))
     tokens: tuple[str, ...] | None = opt(None, "what is written; patches are large (default: cls and mean; of "
-                                         "a Swin, mean)", choices=("cls", "mean", "patches"))
+                                         "others than ViT, mean)", choices=("cls", "mean", "patches"))
     eval_every: int = opt(1, "epochs between evaluations of a linear probe, besides that at the end; 0: none", least=0)
 
 
@@ -82,14 +82,15 @@ def features(vit, img, pool="cls", blocks=1):
     """Read the last `blocks` blocks of a network: normalised images (B, C, h, w) -> (B, numbers), the oldest first.
 
     pool: "cls"; "avg", the mean of the patch tokens; "both", interleaved: cls 0, avg 0, cls 1, avg 1, ... (DINO). Each
-    block's tokens go through the final norm. A Swin has "avg" alone, and its earlier stages no norm, as in EsViT.
+    block's tokens go through the final norm. Networks of several stages have "avg" alone, and their earlier stages no
+    norm, as in EsViT.
     """
     found, first = [], vit.depth - blocks
-    if isinstance(vit, Swin):
+    if isinstance(vit, Pyramid):
         for i, x in enumerate(vit.block_outputs(img)[first:], first):       # (B, N, D of the stage)
             if i >= vit.depth - vit.config["depths"][-1]:                   # a block of the last stage
                 x = vit.norm(x)
-            found.append(x.mean(1))
+            found.append(vit.view(x, i))
         return torch.cat(found, 1)
     x = vit.embed(img)
     for i, block in enumerate(vit.blocks):
@@ -106,8 +107,8 @@ def choose_pool(cfg, vit, method):
     """Which tokens are read, and why, in a few words. method: what the encoder's file says that it was made by."""
     if cfg.pool:
         return cfg.pool, "as asked for"
-    if isinstance(vit, Swin):
-        return "avg", "a Swin has no cls token"
+    if isinstance(vit, Pyramid):
+        return "avg", f"a {type(vit).__name__} has no cls token"
     if cfg.protocol == "dino" and vit.width >= 768:
         return "both", "as DINO reads wide networks"
     if method in POOL_OF_METHOD:
@@ -136,11 +137,11 @@ class Encoder(FileOfRun):
             mean, std = statistics(channels, cfg.mean or stored[0], cfg.std or stored[1])
         pool, self.reason = choose_pool(cfg, vit, weights.config["method"])
         blocks = cfg.blocks or 1
-        narrow = isinstance(vit, Swin) or vit.width < 768
+        narrow = isinstance(vit, Pyramid) or vit.width < 768
         if cfg.blocks is None and cfg.protocol == "dino" and narrow:
             blocks = min(4, vit.depth)                          # as DINO reads narrow networks
-        if isinstance(vit, Swin) and pool != "avg":
-            fail(f"--pool {pool}: {cfg.init} is a Swin, which has no cls token: give --pool avg")
+        if isinstance(vit, Pyramid) and pool != "avg":
+            fail(f"--pool {pool}: {cfg.init} is a {type(vit).__name__}, which has no cls token: give --pool avg")
         if blocks > vit.depth:
             fail(f"--blocks {blocks}: {cfg.init} has {vit.depth}")
         run.cfg = replace(cfg, img_size=size, in_chans=channels, mean=mean, std=std, pool=pool, blocks=blocks)
@@ -283,10 +284,10 @@ def export(run, encoder, source):
     """Write OUT/cls.npy and mean.npy (n, D), patches.npy (n, N, D), labels.npy (n,) and names.txt (see on_one_line) in
     the order of the source, as they come: nothing is kept in memory. Each process writes its rows."""
     cfg, vit = run.cfg, encoder.vit
-    n, swin = len(source), isinstance(vit, Swin)
-    chosen = cfg.tokens or (("mean",) if swin else ("cls", "mean"))
-    if swin and "cls" in chosen:
-        fail(f"--tokens cls: {cfg.init} is a Swin, which has no cls token: give --tokens mean or patches")
+    n, pyramid = len(source), isinstance(vit, Pyramid)
+    chosen = cfg.tokens or (("mean",) if pyramid else ("cls", "mean"))
+    if pyramid and "cls" in chosen:
+        fail(f"--tokens cls: {cfg.init} is a {type(vit).__name__}, which has no cls token: give --tokens mean or patches")
     shapes = dict(cls=(n, vit.width), mean=(n, vit.width), patches=(n, vit.grid[0] * vit.grid[1], vit.width))
     shapes = {name: shapes[name] for name in chosen} | dict(labels=(n,))
     need, free = sum(4 * math.prod(shape) for shape in shapes.values()), shutil.disk_usage(cfg.out).free
@@ -304,7 +305,7 @@ def export(run, encoder, source):
     def tokens(img):
         with run.autocast():
             x = vit.encode(img)
-        if swin:
+        if pyramid:
             return dict(mean=x.mean(1), patches=x)
         return dict(cls=x[:, 0], mean=vit.fc_norm(x[:, 1:].mean(1)), patches=x[:, 1:])
 

@@ -127,6 +127,12 @@ class CvtAttention(nn.Module):
                              f"{side} on a side")
         return rearrange(F.embedding(self.offsets, self.rel_pos_bias_table), "s t h -> 1 h s t")
 
+    def logits(self, x, grid):
+        """The attention before its softmax, (B * n, H, T, T), a window's grid, and the places of the map's tokens."""
+        (q, k, _), side, place = self.windows(x, grid)
+        logits, bias = (q * x.shape[-1] ** -0.5) @ k.mT, self.bias(side)
+        return logits if bias is None else logits + bias, (side, side), place
+
     def forward(self, x, grid):
         """Tokens x (B, N, D) on the grid (h, w) -> the same shape."""
         (q, k, v), side, place = self.windows(x, grid)

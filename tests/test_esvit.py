@@ -793,7 +793,7 @@ def test_other_settings(classes, tmp_path, brief, args):
     (["--local-size", "4"], "4x4 pixels are smaller than a window of 2 patches of 4"),
     (["--local-size", "8x"], "--local-size 8x must be a number"),
     (["--local-crops", "2", "2"], "need the same number of values"),
-    (["--heads", "3"], "--heads is an option of a ViT"), (["--model", "vit_mini"], "--window is an option of a Swin"),
+    (["--heads", "3"], "--heads is an option of a ViT"), (["--model", "vit_mini"], "--window is no option of a ViT"),
     (["--local-scale", "0.5", "0.1"], "--local-scale must be a least and a largest"),
     (["--global-scale", "0.5"], "--global-scale must be a least and a largest"),
     (["--region-from", "3"], "--region-from 3 is after the end"), (["--region-weight", "2"], "must be at most 1"),

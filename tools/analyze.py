@@ -8,7 +8,7 @@ Maps:      python -m tools.analyze maps A.pt --pictures dog.jpg photos --img-siz
 Regions:   python -m tools.analyze correspond A.pt B.pt
 Layers:    python -m tools.analyze layers A.pt --fractions 1 0.1 -- --epochs 50    (after --: options of finetune.py)
 A file:    python -m tools.analyze summary A.pt B.pt
-Files come first, of any layout, ViT or Swin, FILE:KEY where one holds several; COMMAND --help lists the options. Each
+Files come first, of any layout and network, FILE:KEY where one holds several; COMMAND --help lists the options. Each
 writes OUT/COMMAND.json and, with matplotlib, .png. When `layers` is preempted, type the same command again.
 Expected:  not run yet at full size; small encoders are in docs/findings.md
 """
@@ -35,12 +35,14 @@ from data import decode, resize
 from images.augment import Colours, denormalize, draw_colours, normalize, recolour, statistics
 from images.datasets import describe, kind_left_out, look_over, open_dataset, walk
 from images.deep import as_range, reason
+from nets.chunk_attention import ChunkAttention, FullAttention
+from nets.cvt import CvtAttention
 from runtime.folder import write_atomic
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
 from runtime.probes import encoded
 from runtime.run import launch, seed_for, setup
 from tools import analysis_plots as plots
-from vit import Attention, Swin, WindowAttention, pair, window_layout
+from vit import Attention, Pyramid, WindowAttention, pair, window_layout
 
 # ----------------------------------------------------------------------------------------------------------------
 # Numbers of one batch. B images, N tokens, D width, H heads.
@@ -49,28 +51,34 @@ from vit import Attention, Swin, WindowAttention, pair, window_layout
 def watch(model, img):
     """Run a network on normalised images -> what its attention sees, [(attention, tokens after norm1, grid)], one for
     each block (tokens (B, N, D), of a ViT with cls (B, 1 + N, D)); and its output, normed tokens without cls."""
-    seen, swin = [], isinstance(model, Swin)
+    seen, pyramid, kinds = [], isinstance(model, Pyramid), (Attention, ChunkAttention, CvtAttention)
 
-    def look(attn, arguments):                                  # a Swin's attention is given (tokens, grid)
-        seen.append((attn, arguments[0], arguments[1] if swin else model.grid_of(*img.shape[-2:])))
+    def look(attn, arguments):                                  # not a ViT's attention is given (tokens, grid)
+        seen.append((attn, arguments[0], arguments[1] if pyramid else model.grid_of(*img.shape[-2:])))
 
-    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, kinds)]
     output = model.encode(img)
     for hook in hooks:
         hook.remove()
-    return seen, output if swin else model.fc_norm(output)[:, 1:]           # fc_norm norms what `norm` does not
+    return seen, output if pyramid else model.fc_norm(output)[:, 1:]           # fc_norm norms what `norm` does not
 
 
 def tokens_of(model, img):
     """The tokens of every layer without cls, [(B, N, D)]: after norm1 of each block, then the network's output."""
     seen, output = watch(model, img)
-    return [x if isinstance(model, Swin) else x[:, 1:] for _, x, _ in seen] + [output]
+    return [x if isinstance(model, Pyramid) else x[:, 1:] for _, x, _ in seen] + [output]
 
 
 def logits_of(attn, x, grid):
     """What `watch` saw -> logits among patches in n windows of T tokens, (B * n, H, T, T), relative positions and masks
     included; the grid of a window; where the map's tokens are among n * T, for a Swin pads it. A ViT has one window,
-    and the row and the column of cls are deleted."""
+    and the row and the column of cls, or of global tokens, are deleted. ValueError: a ViL's chunks are no windows."""
+    if isinstance(attn, ChunkAttention):
+        raise ValueError("attention to the chunks around a token has no windows to be measured in")
+    if isinstance(attn, CvtAttention):
+        return attn.logits(x, grid)
+    if isinstance(attn, FullAttention):
+        return attn.logits(x)[..., attn.tokens:, attn.tokens:], grid, slice(None)
     if not isinstance(attn, WindowAttention):
         return attn.logits(x)[..., 1:, 1:], grid, slice(None)
     order, place, mask = window_layout(*grid, attn.side, attn.shift, x.device)
@@ -118,13 +126,18 @@ def spread(logits, distance):
 
 def reach(model, img, pixels=None, even=False):
     """Entropy in nats and distance in pixels of each head's attention, means over queries, sums over images -> [(2, H)]
-    of each block. pixels: a patch's side (default: its own); even: of attention that is the same everywhere."""
-    found = []
-    for attn, tokens, grid in watch(model, img)[0]:
+    of each block. pixels: a patch's side (default: its own); even: of attention that is the same everywhere. NaN where
+    attention has no windows (ViL's first stages)."""
+    found, seen = [], watch(model, img)[0]
+    widths = sorted({tokens.shape[-1] for _, tokens, _ in seen})            # they grow by stage, tokens' sides double
+    for attn, tokens, grid in seen:
+        if isinstance(attn, ChunkAttention):
+            found.append(torch.full((2, attn.heads), math.nan))
+            continue
         logits, window, place = logits_of(attn, tokens, grid)
         if even:                                                # only a Swin's mask, -100, still makes a difference
             logits = logits.clamp(max=-50)
-        scale = tokens.shape[-1] // model.config["dim"]         # patches on a token's side: both double by stage
+        scale = 2 ** widths.index(tokens.shape[-1])             # patches on a token's side
         distance = distances(*window) * scale * (pixels or model.patch_size)                    # (T, T)
         x = spread(logits, distance.to(logits))                                                 # (2, B * n, H, T)
         x = rearrange(x, "s (b n) h t -> s b h (n t)", b=len(img))[..., place]                  # (2, B, H, N)
@@ -141,16 +154,16 @@ def mass_mask(a, mass=0.6):
 
 def last_attention(model, img, query=None):
     """Attention of the last block to the patches of one image (1, C, height, width) -> (H, h, w). query: the cell that
-    asks (default: cls; of a Swin the middle). ValueError: no such cell, or a Swin's last map is several windows."""
+    asks (default: cls; without one the middle). ValueError: no such cell, or the last map is several windows."""
     attn, tokens, (h, w) = watch(model, img)[0][-1]
     if query is not None and query >= h * w:
         raise ValueError(f"--query {query}: the map has {h} x {w} cells, numbered from 0")
-    if not isinstance(model, Swin):
+    if not isinstance(model, Pyramid):
         a = attn.logits(tokens)[0].softmax(-1)                                                  # (H, 1 + N, 1 + N)
         return a[:, 0 if query is None else 1 + query, 1:].unflatten(1, (h, w))
     logits, window, _ = logits_of(attn, tokens, (h, w))
     if window != (h, w):
-        raise ValueError(f"maps of a Swin need a last map that is one window, not {h} x {w}: give another --img-size")
+        raise ValueError(f"maps of a {type(model).__name__} need a last map that is one window, not {h} x {w}: give another --img-size")
     query = h // 2 * w + w // 2 if query is None else query
     return logits[0].softmax(-1)[:, query].unflatten(1, (h, w))
 
@@ -337,7 +350,7 @@ def attention(cfg, files):
                 found = reach(net.model, net.normalize(part), cfg.patch_pixels)
                 sums[i] = [x + y.cpu().double() for x, y in zip(sums[i], found)]
     for net, total in zip(nets, sums):
-        even = [x[:, 0].tolist() for x in reach(net.model, net.normalize(img[:1]), cfg.patch_pixels, even=True)]
+        even = [as_numbers(x[:, 0]) for x in reach(net.model, net.normalize(img[:1]), cfg.patch_pixels, even=True)]
         rows.append(dict(name=net.label, entropy=[x[0] / count for x in total], distance=[x[1] / count for x in total],
                          uniform_entropy=[x[0] for x in even], uniform_distance=[x[1] for x in even]))
         print(f"{net.label}, block: mean distance in pixels, entropy in nats of its heads (least to most)")
