@@ -5,6 +5,7 @@ The order of everything is arithmetic: an epoch is a permutation of (seed, epoch
 slice of it, a crop follows from (seed, epoch, index). So any step can be made again, by any number of workers, and a
 checkpoint stores nothing about the data. A source is anything with len(), read(i), name(i) and labels: see images/.
 """
+import copy
 import io
 import os
 import re
@@ -172,6 +173,18 @@ class CenterCrops(RandomCrops):
 
     def __getitems__(self, indices):
         return super().__getitems__([(0, index) for index in indices])
+
+
+class WholeImages(CenterCrops):
+    """Evaluation crops to train on; keys are (epoch, index), as a training run has them. The labels are the numbers of
+    the images, for which something may be known already."""
+
+    def __init__(self, source, size, channels):
+        super().__init__(copy.copy(source), size, channels)
+        self.source.labels = range(len(source))
+
+    def __getitems__(self, keys):
+        return super().__getitems__([index for _, index in keys])
 
 
 # ----------------------------------------------------------------------------------------------------------------

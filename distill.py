@@ -254,8 +254,8 @@ class TokenTeacher(FileOfRun):
             fail(f"the teacher {name} sees images of {self.vit.in_chans} channels, the student of {len(run.mean)}: "
                  f"--in-chans {self.vit.in_chans} is expected")
         self.facts = dict(name=os.path.basename(name), sha256=self.sha256, licence=self.vit.licence)
-        print_rank0(f"teacher {name}: {self.vit.width} wide, patches of {self.vit.patch_size}, licence "
-                    f"{self.vit.licence or 'not known'}: it may bind the student, too")
+        print_rank0(f"teacher {name}: {self.vit.width} wide, patches of {self.vit.patch_size}, sha256 "
+                    f"{self.sha256[:12]}, licence {self.vit.licence or 'not known'}, which may bind the student, too")
         self.dtype = DTYPES[run.cfg.dtype]
         self.vit.network.requires_grad_(False).eval().to(run.device, self.dtype)
         # Both see the same patches, so the teacher's image has another size where its patches have.

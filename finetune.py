@@ -147,6 +147,8 @@ def make_optimizer(cfg, model, peak):
     for name, p in model.named_parameters():
         layer = layer_of(model, name)
         plain = p.dim() <= 1 or name.endswith(".bias") or name in ("cls_token", "pos_embed")
+        if isinstance(model, Swin):                             # as published: relative positions are not decayed here
+            plain = plain or name.endswith("relative_position_bias_table")
         group = dict(params=[], weight_decay=0 if plain else cfg.weight_decay,
                      lr_scale=cfg.layer_decay ** (model.depth + 1 - layer))
         groups.setdefault((layer, plain), group)["params"].append(p)

@@ -71,7 +71,7 @@ LINEAR = "mae", "moco", "dino"                                  # those with a h
 DEMO = dict(data="shapes", init="out/mae-demo/encoder.pt", workers=1)
 
 # Which token has learnt something depends on the method: MAE's loss never asks cls, contrastive losses mostly ask it.
-POOL_OF_METHOD = dict(mae="avg", distill="avg", moco_v3="cls", dino="cls", esvit="cls")
+POOL_OF_METHOD = dict(mae="avg", distill="avg", bootmae="avg", simmim="avg", moco_v3="cls", dino="cls", esvit="cls")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,13 @@ STEMS = {STEM: None, "layer1.0.proj.weight": ViL, "stage0.0.proj.weight": CvT}
 OPTIONS = {ViL: vil_options, CvT: cvt_options}                  # what finds their options in a file
 
 # Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
+<<<<<<< HEAD
 ENCODER = re.compile(r"(blocks|layers?\d*|stage\d+|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
                      r"(?!dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
+=======
+ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
+                     r"(?!de_|dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
+>>>>>>> 95b4fc2d487e9fff690dc744a2b8b44868e90dfc
 
 # What may be missing: a task's own layers, and what relative positions and layer scale add to a plain network.
 FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_token|"
@@ -164,14 +169,51 @@ def fewest_patches(sides, window):
     return next((n for n in range(1, most) if window_sides(n, window, len(sides)) == sides), 0)
 
 
-def resize_swin_tables(state, want):
+def cubic_through(x, at):
+    """The cubic spline through values at the points x (n,), rising, n > 3, without knots at the second and the last but
+    one -> the matrix (m, n) that takes these values to its values at the points `at` (m,), within x."""
+    knots = torch.cat([x[:1].repeat(4), x[2:-2], x[-1:].repeat(4)])                             # (n + 4,)
+
+    def basis(t):                                               # Cox and de Boor's recursion, (len(t), n)
+        t = t.clamp(x[0], x[-1]).unsqueeze(1)
+        b = ((knots[:-1] <= t) & (t < knots[1:])).double()
+        b[:, len(x) - 1] += (t == x[-1]).squeeze(1)             # the last piece includes its end
+        for k in range(1, 4):
+            rising = (t - knots[:-k - 1]) / (knots[k:-1] - knots[:-k - 1])
+            falling = (knots[k + 1:] - t) / (knots[k + 1:] - knots[1:-k])
+            b = rising.nan_to_num(0, 0, 0) * b[:, :-1] + falling.nan_to_num(0, 0, 0) * b[:, 1:]
+        return b
+    return basis(at) @ torch.linalg.inv(basis(x))
+
+
+def resize_geometric(table, old, new):
+    """Resize a Swin's table (rows, H) of windows with `old` tokens on a side to `new`, as SimMIM's fine-tuning does:
+    offsets near 0 keep their places, the others move apart by a ratio, so that the last ones fit, on a spline."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:                                    # 1 + q + q^2 + ... should reach the new last offset
+        q = (low + high) / 2
+        if (1 - q ** (old - 1)) / (1 - q) > new - 1:
+            high = q
+        else:
+            low = q
+    place = torch.cumsum(q ** torch.arange(old - 1, dtype=torch.float64), 0)
+    x = torch.cat([-place.flip(0), torch.zeros(1), place])                                      # (2 * old - 1,)
+    spline = cubic_through(x, torch.arange(1 - new, new, dtype=torch.float64))
+    values = table.double().view(2 * old - 1, 2 * old - 1, -1)
+    return torch.einsum("pi,qj,ijh->pqh", spline, spline, values).flatten(0, 1).to(table.dtype)
+
+
+def resize_swin_tables(state, want, geometric=False):
     """Bring a Swin's tables of relative positions in `state`, by name, to the windows of those in `want`, in place, as
-    the official code does it. Returns a line for each that was resized."""
+    the official code does it; geometric: as SimMIM's code does. Returns a line for each that was resized."""
     lines = []
     for name in [k for k in state if k.endswith("relative_position_bias_table") and k in want]:
         old, new = side_of(state[name]), side_of(want[name])
         if len(state[name]) == (2 * old - 1) ** 2 and old != new:           # else it is of no square window
-            state[name] = resize_relative(state[name], (old, old), (new, new))
+            if geometric and old > 2:
+                state[name] = resize_geometric(state[name], old, new)
+            else:
+                state[name] = resize_relative(state[name], (old, old), (new, new))
             lines.append(f"{name} is resized from windows of {old} to {new}")
     return lines
 

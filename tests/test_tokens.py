@@ -1,6 +1,7 @@
 """Distillation of final tokens: timm's own features as the reference, the losses against their formulas in float64,
 what is refused, real runs."""
 import hashlib
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -371,7 +372,9 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, files, tmp_path, world)
     args = ["--data", classes, *TINY, "--epochs", 6, "--warmup-epochs", 1]                      # 30 steps
     whole, out = tmp_path / "whole", tmp_path / "broken"
     text = finish(*args, *teacher, "--out", whole, world=world, script="distill.py")
-    assert f"teacher timm:{SMALL}: 192 wide, patches of 16, licence fair-noncommercial-research-license" in text
+    digest = hashlib.sha256(Path(files(SMALL)).read_bytes()).hexdigest()
+    assert f"teacher timm:{SMALL}: 192 wide, patches of 16, sha256 {digest[:12]}" in text
+    assert "licence fair-noncommercial-research-license, which may bind the student" in text
     start_and_kill(*args, *teacher, out=out, step=12, world=world, script="distill.py")
     moved = tmp_path / "moved.pth"
     moved.write_bytes(Path(files(SMALL)).read_bytes())
@@ -385,12 +388,13 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, files, tmp_path, world)
     last = rows(out)[-1]
     assert last["loss"] == pytest.approx(last["cls"] + last["patch"] + last["relation"], rel=1e-5)
     assert {"chance", "cls_chance", "patch_cos", "patch_cos_chance", "relation_chance", "spread"} <= last.keys()
-    facts = dict(name=f"timm:{SMALL}", licence="fair-noncommercial-research-license",
-                 sha256=hashlib.sha256(moved.read_bytes()).hexdigest())
+    facts = dict(name=f"timm:{SMALL}", licence="fair-noncommercial-research-license", sha256=digest)
     saved, encoder = torch.load(out / "last.pt"), torch.load(out / "encoder.pt")
     assert saved["teacher"] == facts == encoder["config"]["teacher"]
     assert not any("head" in name for name in encoder["model"]) and "norm.weight" in encoder["model"]
     assert load_encoder(str(out / "encoder.pt"), say=str).depth == 4
+    said = subprocess.check_output([sys.executable, "-m", "weights", out / "encoder.pt"], text=True, cwd=ROOT)
+    assert f"timm:{SMALL}, licence fair-noncommercial-research-license, sha256 {digest}" in said
     if world == 1:
         torch.save({k: v + 1 if "norm.weight" in k else v for k, v in torch.load(moved).items()}, moved)
         text = finish(*args, *teacher, "--out", out, script="distill.py", expect=1)

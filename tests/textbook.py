@@ -1,6 +1,7 @@
 """Plain forms of the methods, for comparison only: tests check our numbers against them, tools/bench.py our speed."""
 import copy
 import io
+import math
 import random
 from functools import partial
 
@@ -351,3 +352,169 @@ class TextbookEsViT(nn.Module):
         self.center = 0.9 * self.center + 0.1 * t_views.mean(0, keepdim=True)
         self.center_grid = 0.9 * self.center_grid + 0.1 * t_logits.mean(0, keepdim=True)
         return total / (2 * (V - 1))
+
+
+class TextbookBootMAE(nn.Module):
+    """BootMAE as its code does it: both decoders get all tokens in reading order, all patches are predicted, a copy of
+    the whole network gives the features of all of them, and the errors are masked afterwards. Names are published."""
+
+    class Attention(nn.Module):
+        def __init__(self, dim, heads, source=None):
+            super().__init__()
+            self.heads, inner = heads, dim // heads * heads
+            if source:
+                self.q, self.kv = nn.Linear(dim, inner, bias=False), nn.Linear(source, 2 * inner, bias=False)
+            else:
+                self.qkv = nn.Linear(dim, 3 * inner, bias=False)
+            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(inner)), nn.Parameter(torch.zeros(inner))
+            self.proj = nn.Linear(inner, dim)
+
+        def forward(self, x, source=None):
+            q, k, v = self.qkv(x).chunk(3, -1) if source is None else (self.q(x), *self.kv(source).chunk(2, -1))
+            q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q + self.q_bias, k, v + self.v_bias))
+            logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            return self.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    class Block(nn.Module):
+        def __init__(self, dim, heads, ratio, source=None):
+            super().__init__()
+            hidden, norm = int(dim * ratio), partial(nn.LayerNorm, eps=1e-6)
+            self.norm1, self.attn = norm(dim), TextbookBootMAE.Attention(dim, heads)
+            if source:
+                self.norm3, self.norm4 = norm(dim), norm(source)
+                self.c_attn = TextbookBootMAE.Attention(dim, heads, source)
+            self.norm2 = norm(dim)
+            self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
+
+        def forward(self, x, source=None):
+            x = x + self.attn(self.norm1(x))
+            if source is not None:
+                x = x + self.c_attn(self.norm3(x), self.norm4(source))
+            return x + self.mlp["fc2"](nn.functional.gelu(self.mlp["fc1"](self.norm2(x))))
+
+    def __init__(self, img_size=224, patch_size=16, dim=192, depth=12, heads=12, decoder_dim=128, decoder_depth=2,
+                 visible=49, mlp_ratio=4):
+        super().__init__()
+        p, N, norm = patch_size, (img_size // patch_size) ** 2, partial(nn.LayerNorm, eps=1e-6)
+        self.patch_size, self.visible = p, visible
+        self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, dim)) for n in (1, 1 + N))
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, p, p)))
+        self.blocks = nn.ModuleList([self.Block(dim, heads, mlp_ratio) for _ in range(depth)])
+        self.norm = norm(dim)
+        self.de_pos_embed = nn.Parameter(torch.zeros(1, 1 + N, decoder_dim))
+        self.mask_token, self.mask_token_1 = (nn.Parameter(torch.zeros(1, 1, d)) for d in (decoder_dim, dim))
+        self.down, self.down_1 = nn.Linear(dim, decoder_dim), nn.Linear(dim, dim)
+        self.decode_blocks, self.decode_blocks_1 = (
+            nn.ModuleList([self.Block(d, heads, mlp_ratio, dim) for _ in range(decoder_depth)])
+            for d in (decoder_dim, dim))
+        self.decode_norm, self.decode_norm_1 = norm(decoder_dim), norm(dim)
+        self.lm_head = nn.ModuleDict(dict(proj=nn.ConvTranspose2d(decoder_dim, 3, p, p)))
+        self.lm_head_1 = nn.Linear(dim, dim)
+        for table in (self.pos_embed, self.de_pos_embed):
+            table.requires_grad = False
+
+    def start_average(self):
+        self.average = [copy.deepcopy(self).requires_grad_(False)]         # in a list, so that it is no part of this
+        return self
+
+    def encode(self, img, keep=None):
+        x = self.patch_embed["proj"](img).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        if keep is not None:
+            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+        x, after = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1), []
+        for block in self.blocks:
+            x = block(x)
+            after.append(x)
+        return after
+
+    def decode(self, x, source, restore, mask_token, positions, blocks):
+        B, N = restore.shape
+        hidden = mask_token + positions[:, 1:].expand(B, -1, -1)
+        hidden = hidden.gather(1, restore.argsort(1)[:, self.visible:, None].expand(-1, -1, x.shape[-1]))
+        patches = torch.cat([x[:, 1:], hidden], 1).gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([x[:, :1], patches], 1)
+        for block in blocks:
+            x = block(x, source)
+        return x[:, 1:]
+
+    def forward(self, img, order, feature_weight=1.0):
+        p, restore = self.patch_size, order.argsort(1)
+        after = self.encode(img, order[:, :self.visible])
+        x, (h, w) = self.norm(after[-1]), (side // p for side in img.shape[2:])
+        pixels = self.decode_norm(self.decode(self.down(x), after[0], restore, self.mask_token, self.de_pos_embed,
+                                              self.decode_blocks))
+        pixels = self.lm_head["proj"](pixels.transpose(1, 2).unflatten(2, (h, w)))              # an image
+        features = self.lm_head_1(self.decode_norm_1(self.decode(
+            self.down_1(x), after[-1], restore, self.mask_token_1, self.pos_embed, self.decode_blocks_1)))
+        with torch.no_grad():
+            target = self.average[0].encode(img)[-1][:, 1:]
+            cells = rearrange(img, "b c (h p) (w q) -> b c h w (p q)", p=p, q=p)
+            cells = (cells - cells.mean(-1, keepdim=True)) / (cells.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+            cells = rearrange(cells, "b c h w (p q) -> b c (h p) (w q)", p=p, q=p)
+            mask = (restore >= self.visible).float().unflatten(1, (h, w)).unsqueeze(1)          # 1 = hidden
+            weight = mask * (1 + nn.functional.avg_pool2d(mask, 3, 1, 1))
+            weight_of_pixels = weight.repeat_interleave(p, 2).repeat_interleave(p, 3)
+        pixel_loss = (weight_of_pixels * (pixels - cells) ** 2).mean() / mask.mean()
+        features, target = (nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) for x in (features, target))
+        feature_loss = (weight.flatten(1)[..., None] * (features - target) ** 2).mean() / mask.mean()
+        return pixel_loss + feature_weight * feature_loss
+
+    @torch.no_grad()
+    def update_average(self, momentum):
+        slow, fast = self.average[0].state_dict(), self.state_dict()
+        for name, value in slow.items():
+            value.copy_(value * momentum + (1 - momentum) * fast[name])
+
+
+def textbook_hog(img, cell=8):
+    """Images (B, C, H, W) -> histograms of oriented gradients (B, C, 9, H / cell, W / cell), channel by channel."""
+    sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], dtype=img.dtype, device=img.device)
+    found = []
+    for image in img:
+        for channel in image:
+            x = nn.functional.pad(channel[None, None], (1, 1, 1, 1), mode="reflect")
+            gx, gy = (nn.functional.conv2d(x, kernel[None, None])[0] for kernel in (sobel, sobel.T))
+            bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9
+            votes = torch.zeros(9, *channel.shape, dtype=img.dtype, device=img.device)
+            votes.scatter_(0, bins, (gx ** 2 + gy ** 2).sqrt())
+            sums = votes.unfold(1, cell, cell).unfold(2, cell, cell).sum((3, 4))
+            found.append(nn.functional.normalize(sums, dim=0))
+    return torch.stack(found).view(*img.shape[:2], 9, img.shape[2] // cell, img.shape[3] // cell)
+
+
+class TextbookMIM(nn.Module):
+    """SimMIM, MaskFeat and BEiT on a ViT of timm's blocks, in the order of the papers' text: mask tokens, positions,
+    blocks, an answer for every patch, every patch asked, the error averaged over the hidden ones."""
+
+    def __init__(self, target, answers, img_size=224, patch_size=16, dim=192, depth=12, heads=12, mlp_ratio=4):
+        super().__init__()
+        from timm.layers import PatchEmbed
+        from timm.models.vision_transformer import Block
+        block = dict(mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.target, self.patch_size, self.encoder = target, patch_size, nn.Module()
+        self.encoder.patch_embed = PatchEmbed(img_size, patch_size, 3, dim)
+        self.encoder.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.encoder.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.encoder.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.encoder.patch_embed.num_patches, dim))
+        self.encoder.blocks = nn.ModuleList([Block(dim, heads, **block) for _ in range(depth)])
+        self.encoder.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder = nn.Sequential(nn.Conv2d(dim, answers, 1))
+
+    def forward(self, img, mask, asked):
+        """img (B, 3, H, W), mask (B, h, w), 1 where hidden; asked: img, its 8-bit values, or words (B, 1, h, w)."""
+        net, p, hidden = self.encoder, self.patch_size, mask.flatten(1).float()                 # (B, N)
+        x = net.patch_embed(img)                                                                # (B, N, D)
+        x = x * (1 - hidden.unsqueeze(2)) + net.mask_token * hidden.unsqueeze(2)
+        x = torch.cat([net.cls_token.expand(len(x), -1, -1), x], 1) + net.pos_embed
+        for block in net.blocks:
+            x = block(x)
+        x = rearrange(net.norm(x)[:, 1:], "b (h w) d -> b d h w", h=mask.shape[1])
+        answer = rearrange(self.decoder(x), "b a h w -> b (h w) a").float()                     # (B, N, A)
+        if self.target == "tokens":
+            each = nn.functional.cross_entropy(answer.flatten(0, 1), asked.flatten(), reduction="none")
+            return (each.view(hidden.shape) * hidden).sum() / hidden.sum()
+        if self.target == "hog":
+            asked, p = textbook_hog(asked.float(), 8).flatten(1, 2), p // 8
+        asked = rearrange(asked, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        each = (answer - asked).square() if self.target == "hog" else (answer - asked).abs()
+        return (each.mean(2) * hidden).sum() / hidden.sum()

@@ -9,7 +9,16 @@ import tarfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from textbook import TextbookCKA, TextbookDistilled, TextbookEsViT, TextbookImages, TextbookMAE, TextbookMoCo
+from textbook import (
+    TextbookBootMAE,
+    TextbookCKA,
+    TextbookDistilled,
+    TextbookEsViT,
+    TextbookImages,
+    TextbookMAE,
+    TextbookMIM,
+    TextbookMoCo,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -60,7 +69,24 @@ def esvit(case, ours, inputs, device):
     return model, lambda *images: model(images, crops, 0.04), [x.flatten(0, 1) for x in images]
 
 
-NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit)
+def bootmae(case, ours, inputs, device):
+    model = TextbookBootMAE(decoder_dim=ours.mask_token.shape[2], visible=ours.visible, **MODELS[case.model]).to(device)
+    model.load_state_dict({k: v for k, v in ours.state_dict().items() if not k.startswith("momentum_encoder.")})
+    model.start_average()
+
+    def loss_of(img, order):
+        model.update_average(0.999)
+        return model(img, order)
+    return model, loss_of, inputs
+
+
+def simmim(case, ours, inputs, device):
+    model = TextbookMIM(ours.target, ours.decoder[0].out_channels, **MODELS[case.model]).to(device)
+    model.load_state_dict(ours.state_dict())
+    return model, lambda img, mask, crops: model(img, mask, crops if ours.target == "hog" else img), inputs
+
+
+NETWORKS = dict(step=mae, distill=distill, moco=moco, esvit=esvit, bootmae=bootmae, simmim=simmim, maskfeat=simmim)
 
 
 class TextbookStep:
@@ -138,6 +164,12 @@ def batches(kind, source, batch, order, workers, device):
     for img, _ in DataLoader(images, batch, sampler=order, drop_last=True, num_workers=workers,
                              pin_memory=device.type == "cuda"):
         yield img.to(device, non_blocking=True)
+
+
+def scikit_image_hog(crops):
+    """HOG of uint8 images (B, C, h, w), as one would get it from scikit-image: an image and a channel at a time."""
+    from skimage.feature import hog
+    return [hog(channel, 9, (8, 8), (1, 1), feature_vector=False) for img in crops.numpy() for channel in img]
 
 
 def knn(train, train_labels, test, test_labels, k, classes):

@@ -3,9 +3,11 @@ Speed as ratios: a row times ours and the textbook's in the same process, in tur
 
 python -m tools.bench --data SET     every row but index; writes results/bench-DATE-MACHINE.json
 python -m tools.bench ROW ...        these rows alone:
-    step distill moco esvit          an optimizer step on fixed images: MAE, D-MAE, MoCo v3, EsViT with Swin-T
+    step distill moco esvit bootmae  an optimizer step on fixed images: MAE, D-MAE, MoCo v3, EsViT with Swin-T, BootMAE
+    simmim maskfeat                  the same of SimMIM and MaskFeat on a ViT
     tokens                           a step with a teacher of timm's, against its forward and the student's step alone
     esvit-loss                       EsViT's losses alone, at several numbers of prototypes
+    hog                              HOG of 64 images, against a loop over them, and scikit-image's if it is installed
     views                            MoCo v3's two views of a batch of crops, against Pillow and torchvision
     knn sweep cka                    k-NN for four k at once; 20 linear heads at once; CKA of all layers of two ViTs
     index                            a tar of 1,281,000 entries: gone through once, then opened from its index
@@ -30,6 +32,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +49,12 @@ from images.mixing import erase
 from images.randaugment import AugmentedCrops
 from mae import MAE, RECIPES
 from moco_v3 import MoCo, two_views
+from more.bootmae import RECIPES as BOOTMAE
+from more.bootmae import BootMAE
+from more.simmim import SimMIM
 from nets.heads import accuracies, knn_counts, sweep
+from nets.hog import hog
+from nets.masks import Masks
 from nets.timm_vit import save_random_timm_vit
 from runtime.options import fail
 from runtime.run import DTYPES, decay_groups, finite_step, launch, setup
@@ -57,7 +65,7 @@ from vit import MODELS, SWINS, Swin, ViT
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import textbook_steps  # noqa: E402
-from textbook import TextbookViews  # noqa: E402
+from textbook import TextbookViews, textbook_hog  # noqa: E402
 
 CPU, KINDS = torch.device("cpu"), ("textbook", "ours")
 
@@ -196,7 +204,34 @@ def esvit_case(case, device):
     return model, loss_of, (images,)
 
 
-NETWORKS = dict(step=mae_case, distill=mae_case, moco=moco_case, esvit=esvit_case)
+def bootmae_case(case, device):
+    """BootMAE, see mae_case, on fixed orders of the patches. The average follows at the beginning of a step."""
+    model = BootMAE(BOOTMAE[case.model]["decoder_dim"], **MODELS[case.model]).to(device)
+    torch.manual_seed(1)
+    inputs = torch.randn(case.batch, 3, 224, 224, device=device), model.random_order(case.batch, device)
+
+    def loss_of(img, order):
+        model.update_ema(0.999)
+        return sum(model(img, order))
+    return model, loss_of, inputs
+
+
+def simmim_case(case, device):
+    """SimMIM or MaskFeat on a ViT, see mae_case, on images, masks and 8-bit images, whose HOG is part of the step."""
+    target, mask, ratio, unit = "pixels", "uniform", 0.6, 32
+    if case.row == "maskfeat":
+        target, mask, ratio, unit = ("hog", "blocks", 0.4, 16)
+    model = SimMIM(ViT(**MODELS[case.model], positions="learned"), target).to(device)
+    masks = Masks(mask, model.patches, 16, unit, ratio)
+    model.most = masks.cells
+    torch.manual_seed(1)
+    crops = torch.randint(256, (case.batch, 3, 224, 224), dtype=torch.uint8)
+    inputs = normalize(crops, IMAGENET_MEAN, IMAGENET_STD), masks.draw(case.batch), crops
+    return model, lambda img, mask, crops: model(img, mask, model.ask(crops, img)), [x.to(device) for x in inputs]
+
+
+NETWORKS = dict(step=mae_case, distill=mae_case, moco=moco_case, esvit=esvit_case, bootmae=bootmae_case,
+                simmim=simmim_case, maskfeat=simmim_case)
 
 
 class Step:
@@ -336,6 +371,8 @@ def compare(cfg, case, modes, gflops):
 # Images per step on a CPU and on a GPU; numbers of prototypes. 1,152 images are 9 batches of CKA.
 PLANS = {"step": ((16, 64, 256), (256, 1024), [0]), "distill": ((16, 64), (256, 1024), [0]),
          "moco": ((16, 64), (256, 1024), [0]), "esvit": ((2, 4), (32,), [65536]),
+         "bootmae": ((16, 64), (256, 1024), [0]),
+         "simmim": ((16, 64), (256, 1024), [0]), "maskfeat": ((16, 64), (256, 1024), [0]),
          "esvit-loss": ((8,), (32,), [4096, 16384, 65536]), "cka-gram": ((128,), (128,), [0]),
          "cka": ((128,), (128,), [0])}
 
@@ -394,6 +431,17 @@ def views_rows(cfg, count=256, size=224):
                  textbook=lambda: plain(pairs))
     spent, _ = in_turns(calls, cfg.pairs, cfg.device, warm=1)
     yield make_row(spent, count, crops=2 * count, size=size)
+
+
+def hog_rows(cfg, count=64, size=224):
+    """Histograms of 64 colour images: ours in one call, the textbook's channel by channel."""
+    crops = textbook_steps.made_crops(count, size)[0]
+    plain = dict(loop=lambda: textbook_hog(crops.to(cfg.device).float()))
+    if find_spec("skimage"):
+        plain["scikit-image"] = partial(textbook_steps.scikit_image_hog, crops)
+    for name, textbook in plain.items():
+        calls = dict(ours=lambda: hog(crops.to(cfg.device).float()), textbook=textbook)
+        yield make_row(in_turns(calls, cfg.pairs, cfg.device, warm=1)[0], count, textbook_is=name)
 
 
 def index_rows(cfg, entries=1_281_000):
@@ -499,7 +547,8 @@ def sweep_rows(cfg, count=10_000, dim=192, classes=10, epochs=20):
 # ----------------------------------------------------------------------------------------------------------------
 
 ROWS = {**{name: partial(step_rows, name=name) for name in PLANS}, "tokens": tokens_rows, "views": views_rows,
-        "knn": knn_rows, "sweep": sweep_rows, "index": index_rows, "input": input_rows, "both": both_rows,
+        "hog": hog_rows, "knn": knn_rows, "sweep": sweep_rows, "index": index_rows, "input": input_rows,
+        "both": both_rows,
         "augment": partial(input_rows, kinds=("augmented", "timm"), workers=[0], crossed=False)}
 OF_IMAGES = ("input", "both", "augment")                        # these need --data
 

@@ -4,6 +4,7 @@ Pack a set of images at training resolution into one plain tar, which is faster 
 python -m tools.pack SOURCE DEST.tar --short-side 256 --quality 90   then train on it with --data DEST.tar
 python -m tools.pack inspect SOURCE                                  counts, sizes, classes, images that cannot be read
 python -m tools.pack inspect SOURCE --stats                          also mean and deviation of each channel, to paste
+python -m tools.pack words SOURCE WORDS.npy --tokenizer FILE.pt2     the visual words of whole images, for BEiT
 SOURCE is what --data may be (see images/datasets.py)
 """
 import argparse
@@ -21,12 +22,15 @@ from contextlib import suppress
 from datetime import timedelta
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import ConcatDataset, Dataset
 
-from data import JPEG, PLAIN, cores, decode, load, open_image, to_channels
-from images.datasets import describe, look_over, open_dataset
+from data import JPEG, PLAIN, WholeImages, cores, decode, load, open_image, to_channels
+from images.datasets import describe, digest_of_names, look_over, open_dataset
 from images.deep import as_range, extremes, reason, remarks, upright_array
+from nets.tokens import load_tokenizer, words_of
+from runtime.options import value_errors_exit
 from runtime.run import launch
 
 NOTE_EVERY = 5                                                  # seconds between notes of how far a pack is good
@@ -273,10 +277,36 @@ def write_tar(f, note, state, entries, workers):
     write_note(f, note, state)                                  # syncs the end mark, which closing the archive wrote
 
 
+def words(a):
+    """Write the words of all training images, as a tokenizer sees them whole, as int32 (images, h, w); and beside them
+    a note of which images these are."""
+    source = open_dataset(a.source, "train", a.download)
+    look_over(source, a.in_chans, a.bits, a.value_range)
+    print(describe(source))
+    grid, numbers, found = (a.img_size // a.patch_size,) * 2, range(len(source)), []
+    keys = [[(0, i) for i in numbers[start:start + 64]] for start in range(0, len(source), 64)]
+    crops = WholeImages(source, (a.img_size, a.img_size), a.in_chans)
+    with value_errors_exit():
+        tokenizer = load_tokenizer(a.tokenizer)
+        for img, _, failed in load(crops, keys, cores() if a.workers is None else a.workers):
+            found.append(words_of(tokenizer, img, grid))
+            for name, _ in failed:
+                print(f"warning: {name} cannot be read; the words of the next image stand for it")
+    found = torch.cat(found).int().numpy()                                                      # (images, h, w)
+    note = dict(images=len(source), names=digest_of_names(source), img_size=a.img_size, tokenizer=a.tokenizer)
+    try:
+        np.save(a.dest, found)
+        with open(a.dest.removesuffix(".npy") + ".json", "w") as f:
+            json.dump(note, f)
+    except OSError as error:
+        raise SystemExit(f"{a.dest} cannot be written: {error}") from None
+    print(f"wrote {a.dest}: {grid[0]} x {grid[1]} words of {len(source):,} images, from {found.min()} to {found.max()}")
+
+
 def command_line(argv=None):
-    """Run what the command line asks for -> exit code. Without `inspect` as its first word it packs."""
+    """Run what the command line asks for -> exit code. Without `inspect` or `words` as its first word it packs."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    looking = argv[:1] == ["inspect"]
+    looking, asking = argv[:1] == ["inspect"], argv[:1] == ["words"]
     parser = argparse.ArgumentParser(prog="python -m tools.pack", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="what --data may be")
@@ -284,13 +314,20 @@ def command_line(argv=None):
     parser.add_argument("--value-range", type=float, nargs=2, metavar=("LO", "HI"), help="what is black, what is white")
     if looking:
         parser.add_argument("--stats", action="store_true", help="measure mean and deviation of each channel")
+    elif asking:
+        parser.add_argument("dest", help="the .npy to write")
+        parser.add_argument("--tokenizer", required=True, help="a program of torch.export.save, see nets/tokens.py")
+        for name, default in (("img-size", 224), ("patch-size", 16), ("in-chans", 3)):
+            parser.add_argument(f"--{name}", type=int, default=default, help=f"of the run to come [{default}]")
     else:
         parser.add_argument("dest", help="the tar to write")
         parser.add_argument("--short-side", type=int, default=256, help="pixels [256]; smaller images stay as they are")
         parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 100 [90]")
     parser.add_argument("--workers", type=int, choices=range(257), metavar="N", help="processes [one per core]")
     parser.add_argument("--download", action="store_true", help="fetch a set that torchvision knows by name")
-    a = parser.parse_args(argv[1:] if argv[:1] in (["inspect"], ["pack"]) else argv)
+    a = parser.parse_args(argv[1:] if argv[:1] in (["inspect"], ["pack"], ["words"]) else argv)
+    if asking:
+        return words(a)
     return inspect(a) if looking else pack(a)
 
 

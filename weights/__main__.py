@@ -20,6 +20,10 @@ def main(argv):
     print(f"  {'network':<12} {kind_of(options).__name__ if is_pyramid(weights) else 'ViT'}")
     for name, value in options.items():
         print(f"  {name:<12} {value}")
+    teacher = weights.config.get("teacher")
+    if isinstance(teacher, dict):
+        print(f"  {'teacher':<12} {teacher.get('name')}, licence {teacher.get('licence')}, "
+              f"sha256 {teacher.get('sha256')}")
     print(f"  {'tensors':<12} {summary(weights.state)}")
     try:
         load_encoder(argv[0], heads=options["heads"] if is_pyramid(weights) else weights.config.get("heads") or 1,

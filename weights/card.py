@@ -59,7 +59,7 @@ def network_facts(weights, model, facts):
         file=f"{where}, sha256 {digest(weights.path)}")
     if not weights.config.get("mean"):
         found["input"] += " (the usual numbers: the file has none)"
-    if facts.get("method") in ("mae", "distill") and model.pool == "cls" and not c["num_classes"]:
+    if facts.get("method") == "mae" and model.pool == "cls" and not c["num_classes"]:
         found["feature"] += "; the mean of the patches is the better one, as no loss of this method looks at cls"
     if "final_norm" in facts:
         found["last norm"] = facts["final_norm"]

@@ -380,7 +380,8 @@ def fitted(weights, model, say):
             old, new = (model.maps(*size) for size in (options["img_size"], model.config["img_size"]))
             naming.resize_vil_tables(state, old, new)
     elif is_swin(weights):
-        for line in naming.resize_swin_tables(state, want):
+        simmim = weights.config.get("method") == "simmim" or "mask_token" in state          # ours, or the official
+        for line in naming.resize_swin_tables(state, want, simmim):
             say(f"{weights.path}: {line}")
     elif not is_pyramid(weights):
         naming.resize_vit_tables(state, grid_of(weights, weights.state["pos_embed"]), model.grid)
