@@ -25,13 +25,8 @@ STEMS = {STEM: None, "layer1.0.proj.weight": ViL, "stage0.0.proj.weight": CvT}
 OPTIONS = {ViL: vil_options, CvT: cvt_options}                  # what finds their options in a file
 
 # Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
-<<<<<<< HEAD
 ENCODER = re.compile(r"(blocks|layers?\d*|stage\d+|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
-                     r"(?!dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
-=======
-ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
                      r"(?!de_|dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
->>>>>>> 95b4fc2d487e9fff690dc744a2b8b44868e90dfc
 
 # What may be missing: a task's own layers, and what relative positions and layer scale add to a plain network.
 FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_token|"
