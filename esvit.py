@@ -104,8 +104,8 @@ class DINOHead(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)                                                 # z, (..., E)
 
     def prototypes(self):
-        length = self.last_layer.weight_v.norm(dim=1, keepdim=True)
-        return self.last_layer.weight_v * (self.last_layer.weight_g / length)                   # (K, E)
+        # v g / |v|, in the kernel that torch's weight_norm calls: autograd would pass through (K, E) eight times.
+        return torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g, 0)        # (K, E)
 
     def forward(self, x):
         return F.linear(self.bottleneck(x), self.prototypes())                                  # (..., K)
@@ -169,7 +169,8 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, z, prototypes, z_teacher, theirs, center, temperatures, weights):
         few = max(1, AT_ONCE["cuda" if z.is_cuda else "cpu"] // (z.shape[1] * len(prototypes)))         # images
         z, z_teacher, shift = z / temperatures[0], z_teacher / temperatures[1], center[0] / -temperatures[1]
-        dz, dprototypes, loss = torch.empty_like(z), torch.zeros_like(prototypes), z.new_zeros(())
+        dz, dprototypes, loss = torch.empty_like(z), torch.empty_like(prototypes), z.new_zeros(())
+        kept = 0                                                # of dprototypes: nothing yet
         for x, y, w, into in zip(*(t.split(few) for t in (z, z_teacher, weights, dz))):
             # p: softmax of the teacher's logits, centred and sharpened; s: log-softmax of the student's.
             p = torch.addmm(shift, y.flatten(0, 1), theirs.T).softmax(-1)                       # (b * M, K)
@@ -179,7 +180,8 @@ class CrossEntropy(torch.autograd.Function):
             loss += torch.linalg.vecdot(d, s).sum()             # - w <p, s>
             d.addcmul_(s.exp_(), w.sum(2).view(-1, 1))          # d is now the logits' gradient, w (exp(s) - p)
             torch.div((d @ prototypes).view_as(into), temperatures[0], out=into)                # (b, R, E)
-            dprototypes.addmm_(d.T, x.flatten(0, 1))                                            # (K, E)
+            dprototypes.addmm_(d.T, x.flatten(0, 1), beta=kept)                                 # (K, E)
+            kept = 1
         ctx.save_for_backward(dz, dprototypes)
         return loss
 

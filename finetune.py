@@ -32,7 +32,7 @@ from runtime.folder import FileOfRun
 from runtime.options import TrainingOptions, fail, opt, value_errors_exit
 from runtime.probes import encoded
 from runtime.run import DTYPES, Run, launch, print_rank0, setup, warmup_cosine
-from vit import MODELS, pair
+from vit import MODELS, Pyramid, pair
 from weights import encoder_options, init_mlp_ratio, layer_of, load_classifier, load_into, read, summary
 
 # Published values, but for "small", which is ours (results/finetune-cifar10). Every row stands on the one it names.
@@ -147,7 +147,7 @@ def make_optimizer(cfg, model, peak):
     for name, p in model.named_parameters():
         layer = layer_of(model, name)
         plain = p.dim() <= 1 or name.endswith(".bias") or name in ("cls_token", "pos_embed")
-        if isinstance(model, Swin):                             # as published: relative positions are not decayed here
+        if isinstance(model, Pyramid):                           # as published: relative positions are not decayed here
             plain = plain or name.endswith("relative_position_bias_table")
         group = dict(params=[], weight_decay=0 if plain else cfg.weight_decay,
                      lr_scale=cfg.layer_decay ** (model.depth + 1 - layer))
