@@ -34,7 +34,7 @@ from weights import init_mlp_ratio, load_into, read
 @dataclass
 class Config(NetworkOptions, ProbeOptions):
     model: str = opt("swin_tiny", "backbone: a Swin, ViL or CvT, or a ViT (DINO)")
-    window: int | None = opt(None, "tokens on the side of a window, not of a ViT: 7, 14 (default: the model's own)", least=2)
+    window: int | None = opt(None, "tokens on a window's side, not of a ViT: 7, 14 (default: the model's own)", least=2)
     drop_path: float | None = opt(None, "stochastic depth of the student, at its last block", least=0)
     decode: str = opt("workers", "where JPEGs are decoded: always in the workers here", choices=("workers",))
     local_crops: tuple[int, ...] = opt((8,), "local crops of an image, one number per --local-size; 0: none", least=0)

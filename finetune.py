@@ -74,7 +74,7 @@ class Config(TrainingOptions):
     model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=(*MODELS, *PYRAMIDS))
     img_size: tuple[int, ...] | None = opt(None, "pixels: a side, or height and width (default: as --init)", least=1)
     in_chans: int | None = opt(None, "image channels (default: as --init, else 3)", least=1)
-    window: int | None = opt(None, "tokens on a side of a window, not of a ViT (default: as --init, else its own)", least=2)
+    window: int | None = opt(None, "tokens on a window's side, not of a ViT (default: as --init, else its own)", least=2)
     pool: str | None = opt(None, "a ViT's cls token, or the mean of its patches", choices=("cls", "avg"), old="readout")
     relative: bool = opt(False, "learned relative positions in every block")
     layer_scale: float = opt(0, "initial value of layer scale; 0: no layer scale", least=0)
@@ -147,7 +147,7 @@ def make_optimizer(cfg, model, peak):
     for name, p in model.named_parameters():
         layer = layer_of(model, name)
         plain = p.dim() <= 1 or name.endswith(".bias") or name in ("cls_token", "pos_embed")
-        if isinstance(model, Pyramid):                           # as published: relative positions are not decayed here
+        if isinstance(model, Pyramid):                          # as published: relative positions are not decayed here
             plain = plain or name.endswith("relative_position_bias_table")
         group = dict(params=[], weight_decay=0 if plain else cfg.weight_decay,
                      lr_scale=cfg.layer_decay ** (model.depth + 1 - layer))
@@ -279,7 +279,8 @@ def options_of_init(path, heads):
         width, depth = found.get("dim") or found["dims"], found["depths"] if pyramid else found["depth"]
         fail(f"{path} is {width} wide and {depth} deep, and none of {', '.join(PYRAMIDS if pyramid else MODELS)} is")
     stored = {name: tuple(file.config[name]) for name in ("mean", "std") if file.config.get(name)}
-    of_file = "window" if pyramid else "heads", "patch_size", "in_chans", "img_size", "relative", "layer_scale", "key_bias"
+    kept = "window" if pyramid else "heads"
+    of_file = kept, "patch_size", "in_chans", "img_size", "relative", "layer_scale", "key_bias"
     return {name: found[name] for name in of_file if name in found} | stored | dict(model=names[0])
 
 

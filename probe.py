@@ -287,7 +287,8 @@ def export(run, encoder, source):
     n, pyramid = len(source), isinstance(vit, Pyramid)
     chosen = cfg.tokens or (("mean",) if pyramid else ("cls", "mean"))
     if pyramid and "cls" in chosen:
-        fail(f"--tokens cls: {cfg.init} is a {type(vit).__name__}, which has no cls token: give --tokens mean or patches")
+        fail(f"--tokens cls: {cfg.init} is a {type(vit).__name__}, which has no cls token: give --tokens mean "
+             "or patches")
     shapes = dict(cls=(n, vit.width), mean=(n, vit.width), patches=(n, vit.grid[0] * vit.grid[1], vit.width))
     shapes = {name: shapes[name] for name in chosen} | dict(labels=(n,))
     need, free = sum(4 * math.prod(shape) for shape in shapes.values()), shutil.disk_usage(cfg.out).free

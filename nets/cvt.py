@@ -123,8 +123,8 @@ class CvtAttention(nn.Module):
         if not self.relative:
             return None
         if side < self.side:
-            raise ValueError(f"relative positions of windows of {self.side} tokens need maps that large: a map here has "
-                             f"{side} on a side")
+            raise ValueError(f"relative positions of windows of {self.side} tokens need maps that large: a map here "
+                             f"has {side} on a side")
         return rearrange(F.embedding(self.offsets, self.rel_pos_bias_table), "s t h -> 1 h s t")
 
     def logits(self, x, grid):

@@ -107,7 +107,7 @@ class VilEmbedding(nn.Module):
 class ViL(Pyramid):
     """ViL: image -> maps of tokens, halved from stage to stage -> one feature vector -> logits.
 
-    img_size       decides the size of relative positions in stages with full attention; other images have theirs resized
+    img_size       decides how many relative positions stages with full attention have; for other images they are resized
     dims, depths, heads, sparse, global_tokens    of each stage. A stage is sparse or has full attention
     window         the side of a chunk, in tokens
     relative       relative positions in all attention, and no absolute ones; else absolute ones before each stage
@@ -145,7 +145,8 @@ class ViL(Pyramid):
                 else:
                     attn = FullAttention(dim, h, tokens, grid if relative else None)
                 rate = next(rates)
-                stage += [VilBranch(dim, "attn", attn, rate, eps), VilBranch(dim, "mlp", MLP(dim, mlp_ratio), rate, eps)]
+                stage.append(VilBranch(dim, "attn", attn, rate, eps))
+                stage.append(VilBranch(dim, "mlp", MLP(dim, mlp_ratio), rate, eps))
             self.add_module(f"layer{number}", nn.ModuleList(stage))
         self.norm = nn.LayerNorm(self.width, eps=eps)
         self.head = nn.Linear(self.width, num_classes) if num_classes else nn.Identity()
@@ -158,7 +159,7 @@ class ViL(Pyramid):
         while len(maps) < self.stages:
             maps.append((maps[-1][0] // 2, maps[-1][1] // 2))
         if 0 in maps[-1]:
-            raise ValueError(f"a {height}x{width} image is too small for {self.stages} stages of a ViL whose patches are "
+            raise ValueError(f"a {height}x{width} image is too small for {self.stages} stages of a ViL with patches of "
                              f"{self.patch_size} pixels: {self.patch_size << self.stages - 1} on a side are the least")
         return maps
 

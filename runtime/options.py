@@ -11,8 +11,7 @@ import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
-from nets.naming import PYRAMIDS
-from vit import MODELS
+from nets.naming import MODELS, PYRAMIDS
 from weights import init_mlp_ratio
 
 

@@ -19,6 +19,7 @@ import runtime.run
 from esvit import CrossEntropy, DINOHead, EsViT, Network, cosine, match, pair_weights, temperature_at
 from images.datasets import open_dataset
 from images.multicrop import MultiCrops, crop_groups
+from nets.naming import PYRAMIDS
 from runtime.options import parse
 from runtime.run import decay_groups, finite_step
 from vit import MODELS, SWINS, Swin, ViT, pair
@@ -682,7 +683,7 @@ TINY = ("--model swin_mini --img-size 16 --patch-size 4 --window 2 --local-crops
 @pytest.fixture
 def brief(monkeypatch):
     """Runs in this process are of even smaller networks, and draw no curve."""
-    monkeypatch.setitem(SWINS, "swin_mini", dict(dim=8, depths=(1, 2), heads=(1, 2), window=2))
+    monkeypatch.setitem(PYRAMIDS, "swin_mini", (Swin, dict(dim=8, depths=(1, 2), heads=(1, 2), window=2)))
     monkeypatch.setitem(MODELS, "vit_mini", dict(dim=16, depth=2, heads=2, patch_size=4))
     monkeypatch.setattr(runtime.run, "draw_curve", lambda folder: None)
 

@@ -163,7 +163,8 @@ def last_attention(model, img, query=None):
         return a[:, 0 if query is None else 1 + query, 1:].unflatten(1, (h, w))
     logits, window, _ = logits_of(attn, tokens, (h, w))
     if window != (h, w):
-        raise ValueError(f"maps of a {type(model).__name__} need a last map that is one window, not {h} x {w}: give another --img-size")
+        raise ValueError(f"maps of a {type(model).__name__} need a last map that is one window, not {h} x {w}: "
+                         "give another --img-size")
     query = h // 2 * w + w // 2 if query is None else query
     return logits[0].softmax(-1)[:, query].unflatten(1, (h, w))
 
@@ -535,7 +536,8 @@ def summary(cfg, files):
             options, heads = weights.encoder_options(file, heads=1), None
             messages.append(str(stop))
         with value_errors_exit():
-            model = weights.build(options if weights.is_pyramid(file) else dict(options, positions="learned", pool=pool))
+            own = {} if weights.is_pyramid(file) else dict(positions="learned", pool=pool)
+            model = weights.build(options | own)
         try:
             weights.load_into(model, file, messages.append)
         except SystemExit as stop:
@@ -544,7 +546,8 @@ def summary(cfg, files):
         others = [name for name in file.state if name not in model.state_dict() and not name.endswith("attn_mask")]
         beside = sum(file.state[name].numel() for name in others)
         row = dict(file=path, layout=file.layout, method=file.config["method"], network=type(model).__name__,
-                   **(options | {"heads": heads}), heads_stored=weights.is_pyramid(file) or bool(file.config.get("heads")),
+                   **(options | {"heads": heads}),
+                   heads_stored=weights.is_pyramid(file) or bool(file.config.get("heads")),
                    mean=file.config.get("mean"), std=file.config.get("std"), parameters=count, other_parameters=beside)
         for name, value in dict(row, others=weights.summary(others), loading="; ".join(messages)).items():
             print(f"  {name} {'not stored' if value is None else value}")

@@ -366,13 +366,13 @@ def fitted(weights, model, say):
     """The file's tensors, with all positions, absolute and relative, resized to the model's grid or windows, and the
     patch projection of RGB made one of the model's channels."""
     state, want = dict(weights.state), model.state_dict()
-    name = naming.stem_of(want)
-    if name in state:
-        state[name] = naming.projection_for(want[name].shape[1], state[name])
+    stem = naming.stem_of(want)
+    if stem in state:
+        state[stem] = naming.projection_for(want[stem].shape[1], state[stem])
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in state and name in want and state[name].shape[::2] == want[name].shape[::2]:
             state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
-    if isinstance(model, ViL) and name in state:
+    if isinstance(model, ViL) and stem in state:
         if model.config["share"]:                               # files have shared weights under both names
             state = {k: t for k, t in state.items() if "_global." not in k}
         options = encoder_options(weights)
