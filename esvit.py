@@ -68,8 +68,8 @@ RECIPES = {
     "swin_mini": dict(ESVIT, **SMALL, teacher_temp_epochs=10), "swin_tiny": ESVIT,
     "swin_lite": dict(ESVIT, **LIGHT, teacher_temp_epochs=10), "swin_small": dict(ESVIT, drop_path=0.2),
     "swin_base": dict(ESVIT, drop_path=0.2), "vit_mini": dict(DINO, **SMALL), "vit_midi": dict(DINO, **SMALL),
-    "vil_mini": dict(ESVIT, **SMALL), "vil_tiny": dict(ESVIT, batch_size=1024),
-    "cvt_mini": dict(ESVIT, **SMALL), "cvt_tiny": dict(ESVIT, batch_size=1024),
+    "vil_mini": dict(ESVIT, **SMALL, teacher_temp_epochs=10), "vil_tiny": dict(ESVIT, batch_size=1024),
+    "cvt_mini": dict(ESVIT, **SMALL, teacher_temp_epochs=10), "cvt_tiny": dict(ESVIT, batch_size=1024),
     "vit_tiny": dict(DINO, **LIGHT, heads=3), "vit_small": dict(DINO, heads=6), "vit_base": DINO,
 }
 DEMO = dict(data="shapes", fraction=0.3, model="swin_mini", img_size=(40,), local_crops=(4,), local_size=("20",),
