@@ -36,9 +36,9 @@ LENT = {"mae.py": {"distill"}, "tools/pictures.py": {"mae"}}
 ANYTHING = {"tools/bench.py"}                                   # it compares them all
 
 # Lines of a file or folder at most. A number is raised in a commit of its own that says what a reader gets for it.
-BUDGET = {"mae.py": 300, "moco_v3.py": 290, "esvit.py": 400, "distill.py": 475, "finetune.py": 360, "probe.py": 400,
-          "vit.py": 420, "data.py": 230, "README.md": 300, "runtime": 1230, "images": 1470, "weights": 1187,
-          "tools": 1930}
+BUDGET = {"mae.py": 300, "moco_v3.py": 290, "esvit.py": 407, "distill.py": 475, "finetune.py": 360, "probe.py": 400,
+          "vit.py": 436, "data.py": 230, "README.md": 300, "runtime": 1230, "images": 1470, "weights": 1221,
+          "tools": 2000}
 EACH = {"more": 300, "dense": 300, "nets": 300, "docs/paste.md": 60}
 COMMENTED = ("vit.py", "mae.py", "moco_v3.py", "esvit.py", "distill.py")       # comments per line of code: 0.2 or more
 
