@@ -22,7 +22,7 @@ PYRAMIDS |= {name: (CvT, options) for name, options in CVTS.items()}
 # The projection of patches, which every network begins with, and what else than a ViT or Swin its name tells.
 STEM = "patch_embed.proj.weight"
 STEMS = {STEM: None, "layer1.0.proj.weight": ViL, "stage0.0.proj.weight": CvT}
-OPTIONS = {ViL: vil_options, CvT: cvt_options}                  # what finds their options in a file
+OPTIONS_OF = {ViL: vil_options, CvT: cvt_options}               # what finds their options in a file
 
 # Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
 ENCODER = re.compile(r"(blocks|layers?\d*|stage\d+|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"

@@ -328,7 +328,7 @@ def encoder_options(weights, heads=None, flag="--heads"):
     if kind is None:
         return swin_options(weights) if is_swin(weights) else vit_options(weights, heads, flag)
     try:
-        return naming.OPTIONS[kind](weights.state, weights.config)
+        return naming.OPTIONS_OF[kind](weights.state, weights.config)
     except KeyError as error:
         refuse(weights.path, f"lacks {error.args[0]}: it is another network, or only a part of a {kind.__name__}")
     except (ValueError, IndexError, ZeroDivisionError) as error:
