@@ -413,7 +413,8 @@ def test_paste(method, files, tmp_path):
         part = PARTS["A teacher alone"] + part
     shutil.copy(ROOT / "vit.py", tmp_path)
     (tmp_path / "method.py").write_text(pasted(ASKED[method], re.findall(r"`(\w+\.py)`", files))[0])
-    (tmp_path / "part.py").write_text("import torch\ntorch.manual_seed(0)\nfrom method import *\n" + part)
+    first = "import torch\ntorch.manual_seed(0)\nfrom vit import *\nfrom method import *\n"
+    (tmp_path / "part.py").write_text(first + part)
     (tmp_path / "loop.py").write_text(LOOP + "import json, sys\nprint(json.dumps([getattr(m, '__file__', None) or '' "
                                       "for m in sys.modules.values()]))\n")
     done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, env=ENV, capture_output=True, text=True)
