@@ -84,7 +84,7 @@ def stem_of(state):
     return next(name for name in STEMS if name in state)
 
 
-def kind_of(options):
+def class_of(options):
     """The class of a network of several stages that has these options."""
     if "dims" not in options:
         return Hiera if "stages" in options else Swin
@@ -107,13 +107,13 @@ def models_with(options):
 
     def shape(m):
         return [m.get(option) for option in ("dim", "dims", "depths", "stages")]
-    return [name for name, (kind, m) in PYRAMIDS.items() if kind is kind_of(options) and shape(m) == shape(options)]
+    return [name for name, (kind, m) in PYRAMIDS.items() if kind is class_of(options) and shape(m) == shape(options)]
 
 
 def build(options):
     """A network with random weights, of the class that has these options. ValueError as there."""
     if options.keys() & {"depths", "stages"}:
-        return kind_of(options)(**options)
+        return class_of(options)(**options)
     return BeitViT(**options) if options.keys() & {"relative", "layer_scale", "key_bias"} else ViT(**options)
 
 
