@@ -24,16 +24,17 @@ from torch.autograd.function import once_differentiable
 
 from images.augment import Colours, draw_colours, random_flip, recolour
 from images.multicrop import MultiCrops, crop_groups
+from nets.naming import PYRAMIDS
 from runtime.options import NetworkOptions, ProbeOptions, fail, opt, parse, value_errors_exit, vit_config
 from runtime.run import Run, decay_groups, launch, print_rank0
-from vit import SWINS, Swin, ViT
+from vit import Pyramid, ViT
 from weights import init_mlp_ratio, load_into, read
 
 
 @dataclass
 class Config(NetworkOptions, ProbeOptions):
-    model: str = opt("swin_tiny", "backbone: a Swin, or a ViT (DINO)")
-    window: int | None = opt(None, "tokens on the side of a Swin's window: 7, 14 (default: the model's own)", least=2)
+    model: str = opt("swin_tiny", "backbone: a Swin, ViL or CvT, or a ViT (DINO)")
+    window: int | None = opt(None, "tokens on a window's side, not of a ViT: 7, 14 (default: the model's own)", least=2)
     drop_path: float | None = opt(None, "stochastic depth of the student, at its last block", least=0)
     decode: str = opt("workers", "where JPEGs are decoded: always in the workers here", choices=("workers",))
     local_crops: tuple[int, ...] = opt((8,), "local crops of an image, one number per --local-size; 0: none", least=0)
@@ -67,6 +68,8 @@ RECIPES = {
     "swin_mini": dict(ESVIT, **SMALL, teacher_temp_epochs=10), "swin_tiny": ESVIT,
     "swin_lite": dict(ESVIT, **LIGHT, teacher_temp_epochs=10), "swin_small": dict(ESVIT, drop_path=0.2),
     "swin_base": dict(ESVIT, drop_path=0.2), "vit_mini": dict(DINO, **SMALL), "vit_midi": dict(DINO, **SMALL),
+    "vil_mini": dict(ESVIT, **SMALL, teacher_temp_epochs=10), "vil_tiny": dict(ESVIT, batch_size=1024),
+    "cvt_mini": dict(ESVIT, **SMALL, teacher_temp_epochs=10), "cvt_tiny": dict(ESVIT, batch_size=1024),
     "vit_tiny": dict(DINO, **LIGHT, heads=3), "vit_small": dict(DINO, heads=6), "vit_base": DINO,
 }
 DEMO = dict(data="shapes", fraction=0.3, model="swin_mini", img_size=(40,), local_crops=(4,), local_size=("20",),
@@ -101,8 +104,8 @@ class DINOHead(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)                                                 # z, (..., E)
 
     def prototypes(self):
-        length = self.last_layer.weight_v.norm(dim=1, keepdim=True)
-        return self.last_layer.weight_v * (self.last_layer.weight_g / length)                   # (K, E)
+        # v g / |v|, in the kernel that torch's weight_norm calls: autograd would pass through (K, E) eight times.
+        return torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g, 0)        # (K, E)
 
     def forward(self, x):
         return F.linear(self.bottleneck(x), self.prototypes())                                  # (..., K)
@@ -110,7 +113,7 @@ class DINOHead(nn.Module):
 
 class Network(nn.Module):
     """Backbone, a head for views, and, if regions are ever compared, one for regions; names as in DINO's files.
-    backbone: a Swin, whose view is its mean region, or a ViT, whose view is cls. options: of both heads."""
+    backbone: a Pyramid, whose view is its mean region, or a ViT, whose view is cls. options: of both heads."""
 
     def __init__(self, backbone, prototypes, dense=True, **options):
         super().__init__()
@@ -120,8 +123,10 @@ class Network(nn.Module):
 
     def features(self, img):
         """Images (B, C, h, w) -> features of views (B, D) and of regions (B, T, D), all after the norm."""
+        if isinstance(self.backbone, Pyramid):
+            return self.backbone.view_and_regions(img)
         x = self.backbone.encode(img)
-        return (x.mean(1), x) if isinstance(self.backbone, Swin) else (x[:, 0], x[:, 1:])
+        return x[:, 0], x[:, 1:]
 
     def forward(self, crops, dense):
         """crops: for every size (n, B, C, h, w), n of each image. dense: regions go through their head -> Outputs."""
@@ -164,7 +169,8 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, z, prototypes, z_teacher, theirs, center, temperatures, weights):
         few = max(1, AT_ONCE["cuda" if z.is_cuda else "cpu"] // (z.shape[1] * len(prototypes)))         # images
         z, z_teacher, shift = z / temperatures[0], z_teacher / temperatures[1], center[0] / -temperatures[1]
-        dz, dprototypes, loss = torch.empty_like(z), torch.zeros_like(prototypes), z.new_zeros(())
+        dz, dprototypes, loss = torch.empty_like(z), torch.empty_like(prototypes), z.new_zeros(())
+        kept = 0                                                # of dprototypes: nothing yet
         for x, y, w, into in zip(*(t.split(few) for t in (z, z_teacher, weights, dz))):
             # p: softmax of the teacher's logits, centred and sharpened; s: log-softmax of the student's.
             p = torch.addmm(shift, y.flatten(0, 1), theirs.T).softmax(-1)                       # (b * M, K)
@@ -174,7 +180,8 @@ class CrossEntropy(torch.autograd.Function):
             loss += torch.linalg.vecdot(d, s).sum()             # - w <p, s>
             d.addcmul_(s.exp_(), w.sum(2).view(-1, 1))          # d is now the logits' gradient, w (exp(s) - p)
             torch.div((d @ prototypes).view_as(into), temperatures[0], out=into)                # (b, R, E)
-            dprototypes.addmm_(d.T, x.flatten(0, 1))                                            # (K, E)
+            dprototypes.addmm_(d.T, x.flatten(0, 1), beta=kept)                                 # (K, E)
+            kept = 1
         ctx.save_for_backward(dz, dprototypes)
         return loss
 
@@ -298,14 +305,14 @@ def temperature_at(epoch, start, end, epochs):
 
 def complete(cfg):
     """Fill the options that follow from several others, and refuse what does not fit together -> the config."""
-    if cfg.model in SWINS and cfg.heads:
+    if cfg.model in PYRAMIDS and cfg.heads:
         fail(f"--heads is an option of a ViT, and --model is {cfg.model}: leave it out")
-    if cfg.model not in SWINS and cfg.window:
-        fail(f"--window is an option of a Swin, and --model is {cfg.model}: leave it out")
+    if cfg.model not in PYRAMIDS and cfg.window:
+        fail(f"--window is no option of a ViT, and --model is {cfg.model}: leave it out")
     if cfg.global_scale is None:                                # without local crops global ones are small, too
         cfg = replace(cfg, global_scale=(0.4, 1.0) if any(cfg.local_crops) else (0.14, 1.0))
     if cfg.region_from is None:                                 # of large models in epoch 200 of 300, as published
-        late = cfg.model == "swin_base" or cfg.window == 14
+        late = cfg.model in ("swin_base", "vil_tiny", "cvt_tiny") or cfg.window == 14
         cfg = replace(cfg, region_from=int(200 * min(1.0, cfg.epochs / 300)) if late else 0)
     if cfg.region_weight and cfg.region_from >= cfg.epochs:
         fail(f"--region-from {cfg.region_from} is after the end: give --region-weight 0 for views alone")
@@ -321,9 +328,10 @@ def make_model(cfg, groups):
     size = dict(img_size=cfg.img_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans)
     nets = []
     for drop_path in (cfg.drop_path, 0.0):                      # only the student drops paths
-        if cfg.model in SWINS:
-            ratio = init_mlp_ratio(cfg) if cfg.init else 4.0
-            backbone = Swin(**dict(SWINS[cfg.model], **size, window=cfg.window, mlp_ratio=ratio, drop_path=drop_path))
+        if cfg.model in PYRAMIDS:
+            kind, options = PYRAMIDS[cfg.model]
+            own = dict(window=cfg.window, mlp_ratio=init_mlp_ratio(cfg) if cfg.init else 4.0, drop_path=drop_path)
+            backbone = kind(**dict(options, **size) | own)
         else:
             backbone = ViT(**vit_config(cfg), positions="learned", resize_offset=0.1, drop_path=drop_path)
         nets.append(Network(backbone, cfg.prototypes, cfg.region_weight > 0, hidden=cfg.head_hidden,

@@ -1,5 +1,5 @@
 """
-Supervised training of a ViT, Swin or Hiera from any checkpoint, or from scratch: what a pre-trained encoder is worth.
+Supervised training of any network here from any checkpoint, or from scratch: what a pre-trained encoder is worth.
 Recipes of https://arxiv.org/abs/2205.14443 (ViT-Tiny and -Small) and https://arxiv.org/abs/2111.06377 (Base to Huge).
 
 One node:   torchrun --standalone --nproc_per_node=8 finetune.py --init out/mae/encoder.pt --out out/finetune
@@ -27,13 +27,14 @@ from images.mixing import erase, random_mix, soft_targets
 from images.randaugment import AugmentedCrops
 from nets.beit import BeitViT, TwoHeads
 from nets.hiera import HIERAS, Hiera
+from nets.naming import PYRAMIDS, models_with
 from runtime import options
 from runtime.folder import FileOfRun
 from runtime.options import TrainingOptions, fail, opt, value_errors_exit
 from runtime.probes import encoded
 from runtime.run import DTYPES, Run, launch, print_rank0, setup, warmup_cosine
-from vit import MODELS, SWINS, Swin, pair
-from weights import encoder_options, init_mlp_ratio, kind_of, layer_of, load_classifier, load_into, read, summary
+from vit import MODELS, Pyramid, pair
+from weights import encoder_options, init_mlp_ratio, layer_of, load_classifier, load_into, read, summary
 
 # Published values, but for "small", which is ours (results/finetune-cifar10). Every row stands on the one it names.
 IMPROVED = dict(epochs=300, warmup_epochs=5, batch_size=1024, optimizer="adamw", blr=1e-3, weight_decay=0.05,
@@ -61,10 +62,10 @@ RECIPES = {
 RECIPE_OF = dict(vit_mini="small", vit_midi="small", vit_tiny="improved", vit_small="improved_small",
                  vit_base="mae_base", vit_large="mae_large", vit_huge="mae_huge", swin_mini="small",
                  swin_lite="improved", swin_tiny="improved", swin_small="default", swin_base="default",
+                 vil_mini="small", vil_tiny="improved", cvt_mini="small", cvt_tiny="improved", cvt_deep="default",
                  **dict.fromkeys(HIERAS, "hiera") | dict(hiera_mini="small"))
 DEMO = dict(data="shapes", model="vit_mini", img_size=(48, 48), patch_size=8, fraction=0.1, epochs=8, batch_size=64,
             lr=1e-3, min_crop=0.6, eval_every=4, workers=1, log_every=60, out="out/finetune-demo")
-NETWORKS = *MODELS, *SWINS, *HIERAS
 ONLY_VIT = {"pool", "relative", "layer_scale", "key_bias", "distill_teacher"}       # options of no other network
 PER_CLASS = {"aircraft", "caltech101", "flowers102", "pets"}        # their papers report the mean over classes
 RESULT = "top-1 {test_acc1:.3f}%, top-5 {test_acc5:.3f}%, mean of classes {test_class_acc:.3f}%, loss {test_loss:.4f}"
@@ -73,10 +74,10 @@ RESULT = "top-1 {test_acc1:.3f}%, top-5 {test_acc5:.3f}%, mean of classes {test_
 @dataclass
 class Config(TrainingOptions):
     recipe: str | None = opt(None, "row of the table of recipes in this file (default: the model's)", choices=RECIPES)
-    model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=NETWORKS)
+    model: str | None = opt(None, "the network (default: that of --init, else vit_tiny)", choices=(*MODELS, *PYRAMIDS))
     img_size: tuple[int, ...] | None = opt(None, "pixels: a side, or height and width (default: as --init)", least=1)
     in_chans: int | None = opt(None, "image channels (default: as --init, else 3)", least=1)
-    window: int | None = opt(None, "tokens on a side of a Swin's window (default: as --init, else its own)", least=2)
+    window: int | None = opt(None, "tokens on a window's side, not of a ViT (default: as --init, else own)", least=2)
     pool: str | None = opt(None, "a ViT's cls token, or the mean of its patches", choices=("cls", "avg"), old="readout")
     relative: bool = opt(False, "learned relative positions in every block")
     layer_scale: float = opt(0, "initial value of layer scale; 0: no layer scale", least=0)
@@ -112,11 +113,15 @@ def make_classifier(cfg, classes):
     shape = dict(img_size=cfg.img_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, num_classes=classes,
                  drop_path=cfg.drop_path, mlp_ratio=init_mlp_ratio(cfg) if cfg.init else 4.0)
     with value_errors_exit():
-        if cfg.model in SWINS:
-            eps = encoder_options(read(cfg.init))["eps"] if cfg.init else 1e-6     # official supervised files: 1e-5
-            model = Swin(**{**SWINS[cfg.model], **shape, "window": cfg.window, "eps": eps})
-        elif cfg.model in HIERAS:                               # its last stage pools, also where an MAE's did not
-            model = Hiera(**{**HIERAS[cfg.model], **shape, "heads": cfg.heads})
+        if cfg.model in PYRAMIDS:
+            kind, own = PYRAMIDS[cfg.model]
+            if kind is Hiera:                                   # its last stage pools, also where an MAE's did not
+                shape["heads"] = cfg.heads
+            else:
+                shape["window"] = cfg.window
+                if cfg.init:                                    # official supervised files of Swin: 1e-5
+                    shape["eps"] = encoder_options(read(cfg.init))["eps"]
+            model = kind(**own | shape)
         else:
             kind = TwoHeads if cfg.distill_teacher else BeitViT
             model = kind(**{**MODELS[cfg.model], **shape, "heads": cfg.heads}, positions="learned", pool=cfg.pool,
@@ -149,7 +154,7 @@ def make_optimizer(cfg, model, peak):
     for name, p in model.named_parameters():
         layer = layer_of(model, name)
         plain = p.dim() <= 1 or name.endswith(".bias") or name in ("cls_token", "pos_embed")
-        if isinstance(model, Swin):                             # as published: relative positions are not decayed here
+        if isinstance(model, Pyramid):                          # as published: relative positions are not decayed here
             plain = plain or name.endswith("relative_position_bias_table")
         group = dict(params=[], weight_decay=0 if plain else cfg.weight_decay,
                      lr_scale=cfg.layer_decay ** (model.depth + 1 - layer))
@@ -276,12 +281,13 @@ def options_of_init(path, heads):
     """What the file to start from decides: the model, its patches, channels and image size, mean and std."""
     file = read(path)
     found = encoder_options(file, heads)
-    kinds = dict(Swin=(SWINS, "depths", "window"), Hiera=(HIERAS, "stages", "heads"), ViT=(MODELS, "depth", "heads"))
-    models, depth, kept = kinds[kind_of(file)]
-    names = [name for name, m in models.items() if (m["dim"], m[depth]) == (found["dim"], found[depth])]
+    names, pyramid = models_with(found), "depth" not in found
     if not names:
-        fail(f"{path} is {found['dim']} wide and {found[depth]} deep, and none of {', '.join(models)} is")
+        width = found.get("dim") or found["dims"]
+        depth = found.get("depth") or found.get("depths") or found["stages"]
+        fail(f"{path} is {width} wide and {depth} deep, and none of {', '.join(PYRAMIDS if pyramid else MODELS)} is")
     stored = {name: tuple(file.config[name]) for name in ("mean", "std") if file.config.get(name)}
+    kept = "window" if "depths" in found else "heads"
     of_file = kept, "patch_size", "in_chans", "img_size", "relative", "layer_scale", "key_bias"
     return {name: found[name] for name in of_file if name in found} | stored | dict(model=names[0])
 
@@ -297,8 +303,9 @@ def resolve(argv=None):
         if "in_chans" in given and cfg.in_chans != known["in_chans"]:
             known |= dict(mean=None, std=None)                  # they are of other channels
     model = cfg.model or known.get("model", "vit_tiny")
-    others = dict.fromkeys(SWINS, ONLY_VIT | {"heads"}) | dict.fromkeys(HIERAS, ONLY_VIT | {"window"})
-    for name in sorted(given & others.get(model, {"window"})):
+    kind, _ = PYRAMIDS.get(model, (None, None))
+    others = {None: {"window"}, Hiera: ONLY_VIT | {"window"}}.get(kind, ONLY_VIT | {"heads"})
+    for name in sorted(given & others):
         fail(f"{options.flag(name)} is no option of {model}: leave it out, or give another --model")
     recipe = cfg.recipe or RECIPE_OF[model]
     values = options.model_options(model) | RECIPES[recipe] | known | dict(model=model, recipe=recipe)

@@ -33,7 +33,7 @@ from runtime.folder import FileOfRun, Log
 from runtime.options import Options, check, fail, fill, opt, read_command_line, value_errors_exit
 from runtime.probes import encoded, extract
 from runtime.run import Run, launch, print_rank0, warmup_cosine
-from vit import Block, Swin
+from vit import Block, Pyramid
 from weights import load_encoder, read
 
 
@@ -53,7 +53,7 @@ class Config(Options):
     lrs: tuple[float, ...] | None = opt(None, "learning rates of the sweep (default: 20 from 0.0001 to 10)", least=0)
     split: str | None = opt(None, "images whose features are written (default: val)", choices=("train", "val"))
     tokens: tuple[str, ...] | None = opt(None, "what is written; patches are large (default: cls and mean; of "
-                                         "a Swin, mean)", choices=("cls", "mean", "patches"))
+                                         "others than ViT, mean)", choices=("cls", "mean", "patches"))
     eval_every: int = opt(1, "epochs between evaluations of a linear probe, besides that at the end; 0: none", least=0)
 
 
@@ -72,7 +72,7 @@ LINEAR = "mae", "moco", "dino"                                  # those with a h
 DEMO = dict(data="shapes", init="out/mae-demo/encoder.pt", workers=1)
 
 # Which token has learnt something depends on the method: MAE's loss never asks cls, contrastive losses mostly ask it.
-WITHOUT_CLS = Swin, Hiera
+WITHOUT_CLS = Pyramid, Hiera
 POOL_OF_METHOD = dict(mae="avg", distill="avg", bootmae="avg", simmim="avg", moco_v3="cls", dino="cls", esvit="cls")
 
 
@@ -84,16 +84,15 @@ def features(vit, img, pool="cls", blocks=1):
     """Read the last `blocks` blocks of a network: normalised images (B, C, h, w) -> (B, numbers), the oldest first.
 
     pool: "cls"; "avg", the mean of the patch tokens; "both", interleaved: cls 0, avg 0, cls 1, avg 1, ... (DINO). Each
-    block's tokens go through the final norm. A Swin or Hiera has "avg" alone, and its earlier stages no norm, as in
-    EsViT; of a Hiera the mean is normed, not each token.
+    block's tokens go through the final norm. Networks of several stages have "avg" alone, and their earlier stages no
+    norm, as in EsViT; of a Hiera the mean is normed, not each token.
     """
     found, first = [], vit.depth - blocks
     if isinstance(vit, WITHOUT_CLS):
         last_stage = (vit.config.get("depths") or vit.config["stages"])[-1]
         for i, x in enumerate(vit.block_outputs(img)[first:], first):       # (B, N, D of the stage)
-            in_last = i >= vit.depth - last_stage
-            x = vit.norm(x).mean(1) if in_last and isinstance(vit, Swin) else x.mean(1)         # (B, D)
-            found.append(vit.norm(x) if in_last and isinstance(vit, Hiera) else x)
+            norm = vit.norm if i >= vit.depth - last_stage else torch.nn.Identity()
+            found.append(norm(x.mean(1)) if isinstance(vit, Hiera) else vit.view(norm(x), i))   # (B, D)
         return torch.cat(found, 1)
     x = vit.embed(img)
     for i, block in enumerate(vit.blocks):

@@ -353,7 +353,35 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x))                                     # (B, ceil(h / 2) * ceil(w / 2), 2 * D)
 
 
-class Swin(nn.Module):
+class Pyramid(nn.Module):
+    """What networks of several stages have in common. There is no cls token: the tokens of the last map are the image's
+    regions, and their mean is its feature. A subclass has norm, head, `maps` and `block_outputs`, as Swin has them."""
+
+    pool = "avg"
+
+    def grid_of(self, height, width):
+        return self.maps(height, width)[-1]
+
+    def view_and_regions(self, img):
+        """Images (B, C, height, width) -> the feature (B, D) and the regions in reading order (B, N, D), normed."""
+        x = self.norm(self.block_outputs(img)[-1])
+        return self.view(x, self.depth - 1), x
+
+    def view(self, x, block):
+        """Tokens (B, N, D) after the block of this number -> one vector each, (B, D)."""
+        return x.mean(1)
+
+    def encode(self, img):
+        return self.view_and_regions(img)[1]
+
+    def features(self, img):
+        return self.view_and_regions(img)[0]
+
+    def forward(self, img):
+        return self.head(self.features(img))
+
+
+class Swin(Pyramid):
     """Swin transformer: image -> map of tokens, halved and twice as wide at each stage -> one feature vector -> logits.
 
     img_size      decides windows and shifts for good, whatever is seen later: a stage whose map is no larger than the
@@ -368,7 +396,7 @@ class Swin(nn.Module):
         self.config = dict(img_size=pair(img_size), patch_size=patch_size, in_chans=in_chans, dim=dim, depths=depths,
                            heads=heads, window=window, mlp_ratio=mlp_ratio, num_classes=num_classes,
                            drop_path=drop_path, eps=eps)
-        self.patch_size, self.stages, self.depth, self.pool = patch_size, len(depths), sum(depths), "avg"
+        self.patch_size, self.stages, self.depth = patch_size, len(depths), sum(depths)
         self.grid = self.grid_of(*pair(img_size))                                               # of the last map
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
         self.patch_embed.norm = nn.LayerNorm(dim, eps=eps)
@@ -395,9 +423,6 @@ class Swin(nn.Module):
             maps.append(((maps[-1][0] + 1) // 2, (maps[-1][1] + 1) // 2))
         return maps
 
-    def grid_of(self, height, width):
-        return self.maps(height, width)[-1]
-
     def block_outputs(self, img):
         """Images (B, C, height, width) of any size that patches tile -> the tokens after each block, (B, N, D)."""
         maps, outputs = self.maps(*img.shape[-2:]), []
@@ -409,12 +434,3 @@ class Swin(nn.Module):
             if "downsample" in layer:
                 x = layer["downsample"](x, grid)                # (B, h / 2 * w / 2, 2 * D)
         return outputs
-
-    def encode(self, img):                                      # -> the regions in reading order, (B, N, D)
-        return self.norm(self.block_outputs(img)[-1])
-
-    def features(self, img):                                    # -> (B, D); there is no cls token
-        return self.encode(img).mean(1)
-
-    def forward(self, img):
-        return self.head(self.features(img))

@@ -10,11 +10,24 @@ from numbers import Integral, Real
 import torch
 
 from nets.beit import BeitViT, resize_relative
-from nets.hiera import Hiera, resize_unit_positions
-from vit import Swin, ViT, pair
+from nets.cvt import CVTS, CvT, cvt_options
+from nets.hiera import HIERAS, Hiera, resize_unit_positions
+from nets.vil import VILS, ViL, vil_options
+from vit import MODELS, SWINS, Swin, ViT, pair
+
+# Networks of several stages: name of the model -> its class and options.
+PYRAMIDS = {name: (Swin, options) for name, options in SWINS.items()}
+PYRAMIDS |= {name: (Hiera, options) for name, options in HIERAS.items()}
+PYRAMIDS |= {name: (ViL, options) for name, options in VILS.items()}
+PYRAMIDS |= {name: (CvT, options) for name, options in CVTS.items()}
+
+# The projection of patches, which every network begins with, and the kind of network that its name tells, if any.
+STEM = "patch_embed.proj.weight"
+STEMS = {STEM: None, "layer1.0.proj.weight": "ViL", "stage0.0.proj.weight": "CvT"}
+OPTIONS_OF = dict(ViL=vil_options, CvT=cvt_options)             # what finds their options in a file
 
 # Tensors of an encoder. Whatever of these a network has no place for would be missing in what it computes.
-ENCODER = re.compile(r"(blocks|layers|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
+ENCODER = re.compile(r"(blocks|layers?\d*|stage\d+|patch_embed|stem|attn_pool|norm(_\w+|\d*)|ln_\w+|rel_pos\w*|rope\w*|"
                      r"(?!de_|dec|pred)\w*pos(ition)?_(emb|bias)\w*|(?!mask|dec|pred)\w*_tokens?)(\.|$)")
 
 # What may be missing: a task's own layers, and what relative positions and layer scale add to a plain network.
@@ -22,9 +35,10 @@ FRESH = re.compile(r"head\.|fc_norm\.|head_dist\.|dist_norm\.|decoder_|mask_toke
                    r".*\.(gamma_[12]|[qv]_bias|relative_position_bias_table)$")
 
 # How many dimensions the tensors have that tell what the network is.
-DIMENSIONS = {r"patch_embed\.proj\.weight": 4, r"((decoder_)?pos_embed|cls_token)": 3,
-              r"((decoder_)?blocks|layers)\..*\.((fc1|proj)\.weight|relative_position_bias_table)": 2,
-              r"decoder_embed\.weight": 2}
+DIMENSIONS = {r"(patch_embed|layer\d+\.0|stage\d+\.0)\.proj\.weight": 4,
+              r"((decoder_)?pos_embed|(.*\.)?cls_token|.*\.x_pos_embed)": 3,
+              r"((decoder_)?blocks|layers)\..*\.proj\.weight": 2,
+              r"((decoder_)?blocks|layers?\d*|stage\d+)\..*(fc1\.weight|\w+_bias_table)|decoder_embed\.weight": 2}
 
 # What the options are that a file may store: "one" of a kind, a "list" of them, or "either".
 STORED = dict(heads=(Integral, "either"), img_size=(Integral, "either"), window=(Integral, "one"), eps=(Real, "one"),
@@ -65,26 +79,65 @@ def wrong_tensor(name, t):
         return f"NaN or infinite weights in {name}: the run has diverged, or the file is damaged"
 
 
+def stem_of(state):
+    """The name of the patch projection among the tensors of a network."""
+    return next(name for name in STEMS if name in state)
+
+
+def class_of(options):
+    """The class of a network of several stages that has these options."""
+    if "dims" not in options:
+        return Hiera if "stages" in options else Swin
+    return ViL if "sparse" in options else CvT
+
+
+def width_of(options):
+    """The width of the tokens that a network with these options ends with."""
+    if "dims" in options:
+        return options["dims"][-1]
+    depths = options.get("depths") or options.get("stages") or (options["depth"],)
+    return options["dim"] * 2 ** (len(depths) - 1)
+
+
+def models_with(options):
+    """The names of the models whose class, widths and depths are those of these options."""
+    if "depth" in options:
+        wanted = options["dim"], options["depth"]
+        return [name for name, m in MODELS.items() if (m["dim"], m["depth"]) == wanted]
+
+    def shape(m):
+        return [m.get(option) for option in ("dim", "dims", "depths", "stages")]
+    return [name for name, (kind, m) in PYRAMIDS.items() if kind is class_of(options) and shape(m) == shape(options)]
+
+
 def build(options):
-    """A network with random weights, a Swin, Hiera, BeitViT or ViT: what has these options. ValueError as there."""
-    if "depths" in options:
-        return Swin(**options)
-    if "stages" in options:
-        return Hiera(**options)
+    """A network with random weights, of the class that has these options. ValueError as there."""
+    if options.keys() & {"depths", "stages"}:
+        return class_of(options)(**options)
     return BeitViT(**options) if options.keys() & {"relative", "layer_scale", "key_bias"} else ViT(**options)
 
 
+# A parameter's stage and its place in it, by network; embeddings and mergings between stages have no place.
+PLACES = {Swin: r"layers\.(\d+)\.(?:blocks\.(\d+)\.|downsample)", ViL: r"layer(\d+)\.(\d+)\.",
+          CvT: r"stage(\d+)\.(?:0|1\.layers\.(\d+))\."}
+
+
 def layer_of(model, name):
-    """The layer that a parameter of a network belongs to: 0 before the blocks, then the block's number from 1, then
-    depth + 1. A Swin's blocks count through its stages, and a merging belongs to the block before it."""
+    """The layer that a parameter belongs to: 0 before the blocks, then the block's number from 1, then depth + 1.
+    Blocks count through stages, and what joins two stages belongs to the block before it."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
-    found = re.match(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)|downsample)", name)
+    kind = type(model)
+    found = re.match(PLACES.get(kind, r"()blocks\.(\d+)\."), name)
     if not found:
         return model.depth + 1
+    stage, place = int(found[1] or 0), found[2]
+    if kind is ViL:                                             # embedding, attention, MLP, attention, MLP, ...
+        stage, place = stage - 1, (int(place) - 1) // 2 if int(place) else None
     depths = model.config.get("depths", (model.depth,))
-    stage = int(found[1] or 0)
-    return sum(depths[:stage]) + (int(found[2]) + 1 if found[2] else depths[stage])
+    if place is None:
+        return sum(depths[:stage + (kind is Swin)])
+    return sum(depths[:stage]) + int(place) + 1
 
 
 def projection_for(channels, weight):
@@ -164,6 +217,15 @@ def resize_swin_tables(state, want, geometric=False):
                 state[name] = resize_relative(state[name], (old, old), (new, new))
             lines.append(f"{name} is resized from windows of {old} to {new}")
     return lines
+
+
+def resize_vil_tables(state, old, new):
+    """The same for a ViL whose stages had maps (h, w) `old` and have `new`, where all of a map is attended to."""
+    for stage, grids in enumerate(zip(old, new), 1):
+        for name in [k for k in state if re.match(rf"layer{stage}\.\d+\.attn\.qkv\.weight", k)]:
+            table = name.replace("qkv.weight", "local_relative_position_bias_table")
+            if table in state:
+                state[table] = resize_relative(state[table], *grids)
 
 
 def resize_vit_tables(state, old, new):

@@ -11,8 +11,8 @@ import typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
-from nets.hiera import HIERAS
-from vit import MODELS, SWINS
+from nets.hiera import Hiera
+from nets.naming import MODELS, PYRAMIDS
 from weights import init_mlp_ratio
 
 
@@ -165,10 +165,11 @@ def shorten(cfg, given, recipe):
 
 
 def model_options(name):
-    """What a model's name decides and an option may change: heads of a ViT or Hiera, window of a Swin, patch size."""
-    if name in SWINS:
-        return dict(window=7, patch_size=4) | {k: v for k, v in SWINS[name].items() if k in ("window", "patch_size")}
-    return {k: (MODELS | HIERAS)[name][k] for k in ("heads", "patch_size")}
+    """What a model's name decides and an option may change: heads of a ViT or Hiera, window of others, patch size."""
+    kind, own = PYRAMIDS.get(name) or (None, MODELS[name])
+    if kind in (None, Hiera):
+        return {k: own[k] for k in ("heads", "patch_size")}
+    return dict(window=7, patch_size=4) | {k: v for k, v in own.items() if k in ("window", "patch_size")}
 
 
 def parse(Config, name, doc, recipes, demo, argv=None):

@@ -19,6 +19,7 @@ import runtime.run
 from esvit import CrossEntropy, DINOHead, EsViT, Network, cosine, match, pair_weights, temperature_at
 from images.datasets import open_dataset
 from images.multicrop import MultiCrops, crop_groups
+from nets.naming import PYRAMIDS
 from runtime.options import parse
 from runtime.run import decay_groups, finite_step
 from vit import MODELS, SWINS, Swin, ViT, pair
@@ -682,7 +683,7 @@ TINY = ("--model swin_mini --img-size 16 --patch-size 4 --window 2 --local-crops
 @pytest.fixture
 def brief(monkeypatch):
     """Runs in this process are of even smaller networks, and draw no curve."""
-    monkeypatch.setitem(SWINS, "swin_mini", dict(dim=8, depths=(1, 2), heads=(1, 2), window=2))
+    monkeypatch.setitem(PYRAMIDS, "swin_mini", (Swin, dict(dim=8, depths=(1, 2), heads=(1, 2), window=2)))
     monkeypatch.setitem(MODELS, "vit_mini", dict(dim=16, depth=2, heads=2, patch_size=4))
     monkeypatch.setattr(runtime.run, "draw_curve", lambda folder: None)
 
@@ -793,7 +794,7 @@ def test_other_settings(classes, tmp_path, brief, args):
     (["--local-size", "4"], "4x4 pixels are smaller than a window of 2 patches of 4"),
     (["--local-size", "8x"], "--local-size 8x must be a number"),
     (["--local-crops", "2", "2"], "need the same number of values"),
-    (["--heads", "3"], "--heads is an option of a ViT"), (["--model", "vit_mini"], "--window is an option of a Swin"),
+    (["--heads", "3"], "--heads is an option of a ViT"), (["--model", "vit_mini"], "--window is no option of a ViT"),
     (["--local-scale", "0.5", "0.1"], "--local-scale must be a least and a largest"),
     (["--global-scale", "0.5"], "--global-scale must be a least and a largest"),
     (["--region-from", "3"], "--region-from 3 is after the end"), (["--region-weight", "2"], "must be at most 1"),

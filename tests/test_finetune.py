@@ -32,8 +32,9 @@ from images.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from images.datasets import class_numbers, open_dataset
 from images.mixing import soft_targets
 from nets.beit import BeitViT, TwoHeads
+from nets.naming import PYRAMIDS
 from runtime.run import Run, finite_step, warmup_cosine
-from vit import MODELS, SWINS, Swin, ViT
+from vit import MODELS, Swin, ViT
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--model vit_mini --img-size 16 --patch-size 4 --batch-size 8 --workers 0 --log-every 1 --save-every 3 "
@@ -321,8 +322,9 @@ def test_layers_of_a_swin():
 
 def test_a_swin_is_fine_tuned(classes, tmp_path, monkeypatch, capsys):
     """From EsViT's encoder, whose tensors all arrive; judged anew from its file; refused where it has no place."""
-    monkeypatch.setitem(SWINS, "swin_mini", dict(dim=8, depths=(1, 2), heads=(1, 2), window=2))
-    swin, path = Swin(16, 4, **SWINS["swin_mini"]), tmp_path / "encoder.pt"
+    options = dict(dim=8, depths=(1, 2), heads=(1, 2), window=2)
+    monkeypatch.setitem(PYRAMIDS, "swin_mini", (Swin, options))
+    swin, path = Swin(16, 4, **options), tmp_path / "encoder.pt"
     torch.save(dict(method="esvit", config=dict(swin.config, mean=(0.4,) * 3, std=(0.3,) * 3),
                     model=swin.state_dict()), path)
     masks = {"layers.1.blocks.1.attn_mask": torch.zeros(1)}

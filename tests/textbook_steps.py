@@ -8,6 +8,7 @@ import tarfile
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from textbook import (
     TextbookBootMAE,
@@ -24,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mae import MAE, RECIPES
+from nets.chunk_attention import chunk_layout
 from nets.hiera import HIERAS
 from runtime.run import DTYPES, decay_groups
 from vit import MODELS, SWINS
@@ -149,6 +151,70 @@ def esvit_losses(case, ours, student, teacher, device):
             theirs = logits(model.teacher, teacher)
         return model.loss((*logits(model.student, student), tokens), theirs, crops, tokens[0], 0.04)
     return model, loss_of
+
+
+def lightly_dino(heads, x, y, K):
+    """lightly's head and loss with the weights of `heads` (student's and teacher's) on features of all crops
+    x (B, V, D) and of the teacher's y (B, 2, D) -> {how it is called: a step}, or None where lightly is absent."""
+    try:
+        from lightly.loss import DINOLoss
+        from lightly.models.modules import DINOProjectionHead
+    except ImportError:
+        return None
+    theirs, loss_of = [], DINOLoss(K, teacher_temp=0.04)
+    for head in heads:
+        theirs.append(DINOProjectionHead(x.shape[-1], 2048, 256, K, norm_last_layer=False))
+        theirs[-1].load_state_dict({k.replace("mlp.", "layers."): v for k, v in head.state_dict().items()})
+    student, teacher = theirs
+
+    def step(one_call):
+        loss_of.center.zero_()
+        views, seen = x.transpose(0, 1), y.transpose(0, 1)
+        with torch.no_grad():
+            answers = teacher(seen.flatten(0, 1)).chunk(2) if one_call else [teacher(view) for view in seen]
+        said = student(views.flatten(0, 1)).chunk(len(views)) if one_call else [student(view) for view in views]
+        loss = loss_of(list(answers), list(said), teacher_temp=0.04)
+        loss.backward()
+        student.zero_grad()
+        return loss.detach()
+    return dict(stacked=lambda: step(True), one_by_one=lambda: step(False))
+
+
+def shifted_chunks(attn, x, grid):
+    """What a ChunkAttention computes, the usual way: the map of keys is shifted for each chunk that is looked into, and
+    each shift multiplied by itself. Weights of the attention, global tokens first, exact 0, shared weights."""
+    g, s, H, (h, w) = attn.tokens, attn.side, attn.heads, grid
+    _, seen = chunk_layout(h, w, s, 0, x.device)
+    chunks = attn.chunks(x.device)
+
+    def cut(t):
+        t = rearrange(t, "b (h w) (e d) -> b e h w d", h=h, e=H)
+        t = F.pad(t, (0, 0, 0, -w % s, 0, -h % s))
+        return rearrange(t, "b e (y s) (x t) d -> b e y x (s t) d", s=s, t=s)
+
+    def shifted(t, chunk):
+        return t.roll((1 - chunk // 3, 1 - chunk % 3), (2, 3))
+    kv = attn.kv(x)
+    k, v = kv.chunk(2, -1)
+    asked = attn.query(x) * (x.shape[-1] // H) ** -0.5
+    q, k_map, v_map = cut(asked[:, g:]), cut(k[:, g:]), cut(v[:, g:])
+    q_all, k_all, v_all = (rearrange(t, "b n (e d) -> b e n d", e=H) for t in (asked, k, v))
+    first = torch.einsum("beyxtd,begd->beyxtg", q, k_all[:, :, :g]) + attn.g2l_relative_position_bias[1].view(
+        1, H, 1, 1, 1, g)
+    logits = torch.cat([torch.einsum("beyxtd,beyxud->beyxtu", q, shifted(k_map, c)) for c in chunks.tolist()], -1)
+    offsets = attn.offsets.index_select(1, chunks).flatten(1)
+    logits = logits + attn.local_relative_position_bias_table[offsets].permute(2, 0, 1)[None, :, None, None]
+    mask = ~seen.index_select(2, chunks).flatten(2)
+    logits = logits.masked_fill(mask.view(1, 1, *q.shape[2:4], *mask.shape[1:]), float("-inf"))
+    p = torch.cat([first, logits], -1).softmax(-1)
+    out = torch.einsum("beyxtg,begd->beyxtd", p[..., :g], v_all[:, :, :g])
+    for share, c in zip(p[..., g:].split(s * s, -1), chunks.tolist()):
+        out = out + torch.einsum("beyxtu,beyxud->beyxtd", share, shifted(v_map, c))
+    out = rearrange(out, "b e y x (s t) d -> b (y s) (x t) (e d)", s=s)[:, :h, :w].flatten(1, 2)
+    to_local = attn.g2l_relative_position_bias[0].unsqueeze(2).expand(-1, -1, h * w)
+    all_ = q_all[:, :, :g] @ k_all.mT + torch.cat([attn.g2g_relative_position_bias, to_local], 2)
+    first = rearrange(all_.softmax(-1) @ v_all, "b e g d -> b g (e d)")
+    return attn.proj(torch.cat([first, out], 1))
 
 
 def cka_step(nets, img, features=None):

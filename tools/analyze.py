@@ -8,8 +8,8 @@ Maps:      python -m tools.analyze maps A.pt --pictures dog.jpg photos --img-siz
 Regions:   python -m tools.analyze correspond A.pt B.pt
 Layers:    python -m tools.analyze layers A.pt --fractions 1 0.1 -- --epochs 50    (after --: options of finetune.py)
 A file:    python -m tools.analyze summary A.pt B.pt
-Files come first, of any layout, FILE:KEY where one holds several; COMMAND --help lists the options. Each writes
-OUT/COMMAND.json and, with matplotlib, .png. When `layers` is preempted, type the same command again.
+Files come first, of any layout and network, FILE:KEY where one holds several; COMMAND --help lists the options. Each
+writes OUT/COMMAND.json and, with matplotlib, .png. When `layers` is preempted, type the same command again.
 Expected:  not run yet at full size; small encoders are in docs/findings.md
 """
 import itertools
@@ -35,13 +35,15 @@ from data import decode, resize
 from images.augment import Colours, denormalize, draw_colours, normalize, recolour, statistics
 from images.datasets import describe, kind_left_out, look_over, open_dataset, walk
 from images.deep import as_range, reason
+from nets.chunk_attention import ChunkAttention, FullAttention
+from nets.cvt import CvtAttention
 from nets.hiera import Hiera, HieraAttention, unit_index
 from runtime.folder import write_atomic
 from runtime.options import check, fail, opt, read_command_line, value_errors_exit
 from runtime.probes import encoded
 from runtime.run import launch, seed_for, setup
 from tools import analysis_plots as plots
-from vit import Attention, Swin, WindowAttention, pair, window_layout
+from vit import Attention, Pyramid, WindowAttention, pair, window_layout
 
 # ----------------------------------------------------------------------------------------------------------------
 # Numbers of one batch. B images, N tokens, D width, H heads.
@@ -51,20 +53,21 @@ def watch(model, img):
     """Run a network on normalised images -> what its attention sees, [(attention, tokens after norm1, grid)], one for
     each block (tokens (B, N, D), of a ViT with cls (B, 1 + N, D), of a Hiera in mask units (B, U, T, D)); and its
     output, normed tokens without cls."""
-    seen, swin, size = [], isinstance(model, Swin), img.shape[-2:]
+    seen, pyramid, kinds = [], isinstance(model, Pyramid), (Attention, ChunkAttention, CvtAttention)
+    size = img.shape[-2:]
 
-    def look(attn, arguments):                                  # a Swin's attention is given (tokens, grid)
+    def look(attn, arguments):                                  # a Pyramid's attention is given (tokens, grid)
         if isinstance(model, Hiera):
             side = round(arguments[0].shape[2] ** 0.5)          # of a unit, in tokens
             seen.append((attn, arguments[0], tuple(n // model.unit * side for n in size)))
         else:
-            seen.append((attn, arguments[0], arguments[1] if swin else model.grid_of(*size)))
+            seen.append((attn, arguments[0], arguments[1] if pyramid else model.grid_of(*size)))
 
-    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, kinds)]
     output = model.encode(img)
     for hook in hooks:
         hook.remove()
-    plain = not isinstance(model, (Swin, Hiera))
+    plain = not isinstance(model, (Pyramid, Hiera))
     return seen, model.fc_norm(output)[:, 1:] if plain else output          # fc_norm norms what `norm` does not
 
 
@@ -73,17 +76,23 @@ def tokens_of(model, img):
     seen, output = watch(model, img)
     if isinstance(model, Hiera):                                # in mask units, an order that CKA does not see
         return [x.flatten(1, 2) for _, x, _ in seen] + [output]
-    return [x if isinstance(model, Swin) else x[:, 1:] for _, x, _ in seen] + [output]
+    return [x if isinstance(model, Pyramid) else x[:, 1:] for _, x, _ in seen] + [output]
 
 
 def logits_of(attn, x, grid):
     """What `watch` saw -> logits among patches in n windows of T tokens, (B * n, H, T, T), relative positions and masks
     included; the grid of a window; where the map's tokens are among n * T, for a Swin pads it. A ViT has one window,
-    and the row and the column of cls are deleted. A Hiera's windows are in its own order, with fewer queries in the
-    blocks that pool."""
+    and the row and the column of cls, or of global tokens, are deleted. A Hiera's windows are in its own order, with
+    fewer queries in the blocks that pool. ValueError: a ViL's chunks are no windows."""
     if isinstance(attn, HieraAttention):
         side = round(x.shape[2] ** 0.5)
         return attn.logits(x), (side, side) if attn.within else grid, slice(None)
+    if isinstance(attn, ChunkAttention):
+        raise ValueError("attention to the chunks around a token has no windows to be measured in")
+    if isinstance(attn, CvtAttention):
+        return attn.logits(x, grid)
+    if isinstance(attn, FullAttention):
+        return attn.logits(x)[..., attn.tokens:, attn.tokens:], grid, slice(None)
     if not isinstance(attn, WindowAttention):
         return attn.logits(x)[..., 1:, 1:], grid, slice(None)
     order, place, mask = window_layout(*grid, attn.side, attn.shift, x.device)
@@ -140,17 +149,21 @@ def spread(logits, distance):
 
 def reach(model, img, pixels=None, even=False):
     """Entropy in nats and distance in pixels of each head's attention, means over queries, sums over images -> [(2, H)]
-    of each block. pixels: a patch's side (default: its own); even: of attention that is the same everywhere."""
-    found = []
-    for attn, tokens, grid in watch(model, img)[0]:
+    of each block. pixels: a patch's side (default: its own); even: of attention that is the same everywhere. NaN where
+    attention has no windows (ViL's first stages)."""
+    found, seen = [], watch(model, img)[0]
+    widths = sorted({tokens.shape[-1] for _, tokens, _ in seen})            # they grow by stage, tokens' sides double
+    for attn, tokens, grid in seen:
+        if isinstance(attn, ChunkAttention):
+            found.append(torch.full((2, attn.heads), math.nan))
+            continue
         logits, window, place = logits_of(attn, tokens, grid)
         if even:                                                # only a Swin's mask, -100, still makes a difference
             logits = logits.clamp(max=-50)
         if isinstance(model, Hiera):
             distance, scale = hiera_distances(attn, tokens, window), img.shape[-2] // model.patch_size // grid[0]
         else:
-            scale = tokens.shape[-1] // model.config["dim"]     # patches on a token's side: both double by stage
-            distance = distances(*window)
+            distance, scale = distances(*window), 2 ** widths.index(tokens.shape[-1])           # patches on a side
         distance = distance * scale * (pixels or model.patch_size)                              # (T, T)
         x = spread(logits, distance.to(logits))                                                 # (2, B * n, H, T)
         x = rearrange(x, "s (b n) h t -> s b h (n t)", b=len(img))[..., place]                  # (2, B, H, N)
@@ -167,8 +180,8 @@ def mass_mask(a, mass=0.6):
 
 def last_attention(model, img, query=None):
     """Attention of the last block to the patches of one image (1, C, height, width) -> (H, h, w). query: the cell that
-    asks (default: cls; of a Swin or Hiera the middle). ValueError: no such cell, a Swin's last map is several windows,
-    or a Hiera's last block pools or attends within units."""
+    asks (default: cls; without one the middle). ValueError: no such cell, the last map is several windows, or a Hiera's
+    last block pools or attends within units."""
     attn, tokens, (h, w) = watch(model, img)[0][-1]
     if query is not None and query >= h * w:
         raise ValueError(f"--query {query}: the map has {h} x {w} cells, numbered from 0")
@@ -178,12 +191,13 @@ def last_attention(model, img, query=None):
         order = unit_index(h, w, tokens.shape[2].bit_length() // 2, img.device).flatten()       # (N,)
         asked = order.argsort()[h // 2 * w + w // 2 if query is None else query]
         return attn.logits(tokens)[0, :, asked].softmax(-1)[:, order.argsort()].unflatten(1, (h, w))
-    if not isinstance(model, Swin):
+    if not isinstance(model, Pyramid):
         a = attn.logits(tokens)[0].softmax(-1)                                                  # (H, 1 + N, 1 + N)
         return a[:, 0 if query is None else 1 + query, 1:].unflatten(1, (h, w))
     logits, window, _ = logits_of(attn, tokens, (h, w))
     if window != (h, w):
-        raise ValueError(f"maps of a Swin need a last map that is one window, not {h} x {w}: give another --img-size")
+        raise ValueError(f"maps of a {type(model).__name__} need a last map that is one window, not {h} x {w}: "
+                         "give another --img-size")
     query = h // 2 * w + w // 2 if query is None else query
     return logits[0].softmax(-1)[:, query].unflatten(1, (h, w))
 
@@ -370,7 +384,7 @@ def attention(cfg, files):
                 found = reach(net.model, net.normalize(part), cfg.patch_pixels)
                 sums[i] = [x + y.cpu().double() for x, y in zip(sums[i], found)]
     for net, total in zip(nets, sums):
-        even = [x[:, 0].tolist() for x in reach(net.model, net.normalize(img[:1]), cfg.patch_pixels, even=True)]
+        even = [as_numbers(x[:, 0]) for x in reach(net.model, net.normalize(img[:1]), cfg.patch_pixels, even=True)]
         rows.append(dict(name=net.label, entropy=[x[0] / count for x in total], distance=[x[1] / count for x in total],
                          uniform_entropy=[x[0] for x in even], uniform_distance=[x[1] for x in even]))
         print(f"{net.label}, block: mean distance in pixels, entropy in nats of its heads (least to most)")
@@ -565,7 +579,8 @@ def summary(cfg, files):
         others = [name for name in file.state if name not in model.state_dict() and not name.endswith("attn_mask")]
         beside = sum(file.state[name].numel() for name in others)
         row = dict(file=path, layout=file.layout, method=file.config["method"], network=type(model).__name__,
-                   **(options | {"heads": heads}), heads_stored=weights.is_swin(file) or bool(file.config.get("heads")),
+                   **(options | {"heads": heads}),
+                   heads_stored=weights.is_pyramid(file) or bool(file.config.get("heads")),
                    mean=file.config.get("mean"), std=file.config.get("std"), parameters=count, other_parameters=beside)
         for name, value in dict(row, others=weights.summary(others), loading="; ".join(messages)).items():
             print(f"  {name} {'not stored' if value is None else value}")

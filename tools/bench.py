@@ -8,6 +8,8 @@ python -m tools.bench ROW ...        these rows alone:
     hiera networks                   a step of hiera_lite's MAE; images a second of Hiera, ViT-Tiny and Swin-lite
     tokens                           a step with a teacher of timm's, against its forward and the student's step alone
     esvit-loss                       EsViT's losses alone, at several numbers of prototypes
+    dino-lightly                     DINO's head and loss, K = 16,384, against lightly's, if it is installed
+    backbones chunks                 forward of EsViT's four networks against Swin-T's; ViL's sparse attention
     hog                              HOG of 64 images, against a loop over them, and scikit-image's if it is installed
     segment                          sliding windows over an image, against each window alone as mmsegmentation has them
     views                            MoCo v3's two views of a batch of crops, against Pillow and torchvision
@@ -45,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from dense.segment import Segmenter
 from distill import DistilledMAE, Teacher, TokenStudent, TokenTeacher
-from esvit import EsViT, Network, Outputs
+from esvit import CrossEntropy, DINOHead, EsViT, Network, Outputs, pair_weights
 from images.augment import IMAGENET_MEAN, IMAGENET_STD, normalize, random_flip
 from images.datasets import describe, open_dataset
 from images.mixing import erase
@@ -57,10 +59,12 @@ from more.bootmae import BootMAE
 from more.hiera_mae import RECIPES as HIERA_MAE
 from more.hiera_mae import HieraMAE
 from more.simmim import SimMIM
+from nets.chunk_attention import ChunkAttention
 from nets.heads import accuracies, knn_counts, sweep
 from nets.hiera import HIERAS, Hiera
 from nets.hog import hog
 from nets.masks import Masks
+from nets.naming import PYRAMIDS
 from runtime.options import fail
 from runtime.run import DTYPES, decay_groups, finite_step, launch, setup
 from runtime.windows import slide
@@ -454,6 +458,65 @@ def networks_rows(cfg):
 # Rows of input and of frozen features
 
 
+def lightly_rows(cfg, K=16384, batch=8, views=10, dim=768):
+    """DINO's head and loss on 2 + 8 crops of 8 images, forward and backward: against lightly's with all crops stacked
+    in one call of the head, and one crop at a time, as its documentation has it."""
+    heads = [DINOHead(dim, K, unit=False) for _ in range(2)]
+    x, y = torch.randn(batch, views, dim), torch.randn(batch, 2, dim)
+    calls = textbook_steps.lightly_dino(heads, x, y, K)
+    if calls is None:
+        print("lightly is not installed (pip install lightly): this row is left out")
+        return
+    weights = pair_weights(((2, 1), (8, 1)), CPU)[0].expand(batch, -1, -1) / batch
+
+    def ours():
+        with torch.no_grad():
+            z, theirs = heads[1].bottleneck(y), heads[1].prototypes()
+        loss = CrossEntropy.apply(heads[0].bottleneck(x), heads[0].prototypes(), z, theirs, torch.zeros(1, K),
+                                  (0.1, 0.04), weights)
+        loss.backward()
+        heads[0].zero_grad()
+        return loss.detach()
+    spent, found = in_turns(dict(calls, ours=ours), cfg.pairs, CPU)
+    for name in calls:
+        torch.testing.assert_close(found["ours"], found[name], rtol=1e-4, atol=1e-4)
+        yield make_row({k: spent[k] for k in (name, "ours")}, textbook=name, prototypes=K, batch=batch, lightly=name)
+
+
+def backbones_rows(cfg):
+    """Forward of images of 224 pixels in evaluation, each network in turns with Swin-T; the ratio is of images/s."""
+    batch = (cfg.batch or [64 if cfg.gpu else 4])[0]
+    img = torch.randn(batch, 3, 224, 224, device=cfg.device)
+    nets = {name: PYRAMIDS[name][0](**PYRAMIDS[name][1]) for name in ("swin_tiny", "vil_tiny", "cvt_tiny")}
+    nets["deit_small"] = ViT(**MODELS["vit_small"] | dict(heads=6))
+    nets = {name: net.eval().requires_grad_(False).to(cfg.device) for name, net in nets.items()}
+    for name, net in nets.items():
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            net(img[:1])
+        calls = dict(swin=partial(nets["swin_tiny"], img), ours=partial(net, img))
+        spent, _ = in_turns(calls, cfg.pairs, cfg.device)
+        yield make_row(spent, batch, textbook="swin", network=name, gflop=round(counter.get_total_flops() / 2e9, 2),
+                       million=round(sum(p.numel() for p in net.parameters()) / 1e6, 2))
+
+
+def chunks_rows(cfg):
+    """ViL's sparse attention, forward and backward, against nine shifted maps (tests/textbook_steps.py): with all
+    chunks, and as its training has it, with two."""
+    for mode, (dim, side, batch) in itertools.product((0, 1), ((96, 56, 2), (192, 28, 4), (96, 24, 8))):
+        attn = ChunkAttention(dim, dim // 32, 1, 7, True, mode, 0, True).to(cfg.device)
+        x = torch.randn(batch, 1 + side ** 2, dim, device=cfg.device, requires_grad=True)
+
+        def step(form, x=x, side=side):
+            torch.manual_seed(0)                                # both draw the same chunk
+            out = form(x, (side, side))
+            out.square().sum().backward()
+            return out.detach()
+        calls = dict(textbook=partial(step, partial(textbook_steps.shifted_chunks, attn)), ours=partial(step, attn))
+        spent, found = in_turns(calls, cfg.pairs, cfg.device)
+        torch.testing.assert_close(found["ours"], found["textbook"], rtol=1e-3, atol=1e-4)
+        yield make_row(spent, batch, dim=dim, map=side, mode=mode, batch=batch)
+
+
 def views_rows(cfg, count=256, size=224):
     """Both views of 256 images from uint8 crops, ours in one call, the textbook's from Pillow images."""
     crops, images = textbook_steps.made_crops(2 * count, size)
@@ -593,8 +656,9 @@ def sweep_rows(cfg, count=10_000, dim=192, classes=10, epochs=20):
 # ----------------------------------------------------------------------------------------------------------------
 
 ROWS = {**{name: partial(step_rows, name=name) for name in PLANS}, "tokens": tokens_rows, "views": views_rows,
-        "hog": hog_rows, "segment": segment_rows, "knn": knn_rows, "sweep": sweep_rows, "index": index_rows,
-        "input": input_rows, "both": both_rows, "networks": networks_rows,
+        "dino-lightly": lightly_rows, "backbones": backbones_rows, "chunks": chunks_rows, "hog": hog_rows,
+        "segment": segment_rows, "knn": knn_rows, "sweep": sweep_rows, "index": index_rows, "input": input_rows,
+        "both": both_rows, "networks": networks_rows,
         "augment": partial(input_rows, kinds=("augmented", "timm"), workers=[0], crossed=False)}
 OF_IMAGES = ("input", "both", "augment")                        # these need --data
 

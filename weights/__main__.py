@@ -4,7 +4,7 @@ Say what a checkpoint is: where its weights are, what network they make, what el
 python -m weights FILE        FILE:KEY for one network of several
 """
 
-from weights.reading import encoder_options, is_swin, kind_of, load_encoder, read, run_as_tool, summary
+from weights.reading import encoder_options, is_pyramid, kind_of, load_encoder, read, run_as_tool, summary
 
 
 def main(argv):
@@ -12,7 +12,7 @@ def main(argv):
         raise SystemExit("give one file: python -m weights FILE (python -m weights.export FILE --to ... exports it)")
     weights = read(argv[0])
     options = encoder_options(weights, heads=1)
-    if not is_swin(weights):                                    # whose heads are seen in its tensors
+    if not is_pyramid(weights):                                 # whose heads are known
         options["heads"] = weights.config.get("heads") or "not stored"
     print(f"{weights.path}: {weights.layout}")
     print(f"  {'method':<12} {weights.config['method'] or 'not stored'}")
@@ -25,7 +25,7 @@ def main(argv):
               f"sha256 {teacher.get('sha256')}")
     print(f"  {'tensors':<12} {summary(weights.state)}")
     try:
-        load_encoder(argv[0], heads=options["heads"] if is_swin(weights) else weights.config.get("heads") or 1,
+        load_encoder(argv[0], heads=options["heads"] if is_pyramid(weights) else weights.config.get("heads") or 1,
                      say=lambda text: None)
     except SystemExit as stop:                                  # some of its parts exist in no network here
         print(f"  {'refused':<12} {stop}")

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from nets.beit import BeitViT, TwoHeads
+from nets.cvt import CvT
 from nets.hiera import Hiera
+from nets.vil import ViL
 from vit import Swin
 from weights import hugging_face
 from weights.card import card
@@ -35,7 +37,7 @@ ENDINGS = dict(hf="-hf", timm="-timm", safetensors=".safetensors", onnx=".onnx")
 def facts_of(weights, model):
     """What must not get lost beside the tensors. mean and std, if not stored: ImageNet's, or 0 and 1 if not RGB."""
     channels = model.config["in_chans"]
-    kept = ("heads", "window", "img_size", "num_classes", "eps")
+    kept = ("heads", "window", "img_size", "num_classes", "eps", "mode", "exact", "avg_pool")
     facts = dict({k: model.config[k] for k in kept if k in model.config}, pool=model.pool)
     facts["mean"] = (0.485, 0.456, 0.406) if channels == 3 else (0.0,) * channels
     facts["std"] = (0.229, 0.224, 0.225) if channels == 3 else (1.0,) * channels
@@ -147,7 +149,9 @@ def flaw(weights, model, to, scale):
     reason = None
     if to == "hf" and isinstance(model, Hiera):
         return "is a Hiera, which is not written for transformers here: use --to timm, safetensors or onnx"
-    if to in FOLDERS:
+    if to in FOLDERS and isinstance(model, (CvT, ViL)):
+        reason = f"the network {type(model).__name__}"
+    elif to in FOLDERS:
         reason = unfit_for_timm(model) if to == "timm" else hugging_face.unfit(model)
     if not 0.25 <= scale <= 4:                                  # in half precision such tokens would overflow
         reason = f"an eps of {model.config['eps']}"

@@ -19,6 +19,8 @@ import torch
 
 from nets import naming
 from nets.beit import TwoHeads
+from nets.cvt import CvT
+from nets.vil import ViL
 from vit import pair, resize_positions
 from weights import layouts
 
@@ -194,9 +196,9 @@ def read(path, key=None):
             refuse(path, f"has {foreign}, which the network here has no place for{layouts.as_teacher(foreign)}")
         layout = (f"under {places[0]!r}" if places else "a bare state dict") + (prefix and f", behind {prefix!r}")
         weights = Weights(state, {}, f"{layout}, named as in {library.library}" if library else layout, path)
-        for part in NEEDED[kind_of(weights)]:
+        for part in NEEDED.get(kind_of(weights), ()):
             if not any(k.startswith(part.split()[0]) for k in state):
-                refuse(path, f"is no plain vision transformer, Swin or Hiera: it has no {part}; it has "
+                refuse(path, f"is no plain vision transformer, Swin, Hiera, ViL or CvT: it has no {part}; it has "
                              f"{summary(state)}")
         state = checked_tensors(path, state)
         layouts.join_qkv(state)
@@ -208,7 +210,7 @@ def read(path, key=None):
 
 def prefix_of(path, state, key, keys):
     """What stands before a network's names: "module.backbone.", say. key: a part of it; keys: what the file has."""
-    found = [k.removesuffix("patch_embed.proj.weight") for k in state if f".{k}".endswith(".patch_embed.proj.weight")]
+    found = [k.removesuffix(stem) for stem in naming.STEMS for k in state if f".{k}".endswith(f".{stem}")]
     if not found:
         foreign = layouts.foreign_parts(state)
         refuse(path, f"is no network known here: it has {foreign or 'no patch_embed.proj.weight'}, and holds "
@@ -241,12 +243,15 @@ def summary(names):
 # ----------------------------------------------------------------------------------------------------------------
 # What network a file holds
 
-# What a file of each kind of network has, beside patch_embed.
-NEEDED = dict(ViT=("blocks", "pos_embed (positions)", "cls_token"), Swin=(), Hiera=("pos_embed (positions)",))
+# What a file of each kind of network has, beside patch_embed; a Swin, ViL and CvT are known by what else they have.
+NEEDED = dict(ViT=("blocks", "pos_embed (positions)", "cls_token"), Hiera=("pos_embed (positions)",))
 
 
 def kind_of(weights):
-    """The kind of network that a file holds: "ViT", "Swin" or "Hiera"."""
+    """The kind of network that a file holds: "ViT", "Swin", "Hiera", "ViL" or "CvT"."""
+    kind = naming.STEMS[naming.stem_of(weights.state)]
+    if kind:
+        return kind
     if naming.stage_starts(weights.state):
         return "Hiera"
     return "Swin" if is_swin(weights) else "ViT"
@@ -254,6 +259,11 @@ def kind_of(weights):
 
 def is_swin(weights):
     return "layers.0.blocks.0.attn.relative_position_bias_table" in weights.state
+
+
+def is_pyramid(weights):
+    """Whether it is a Swin, ViL or CvT, which a file shows with their heads, if at all."""
+    return kind_of(weights) not in ("ViT", "Hiera")
 
 
 def mlp_ratio_of(weights, block="blocks.0"):
@@ -339,9 +349,17 @@ def hiera_options(weights, heads=None, flag="--heads"):
 
 def encoder_options(weights, heads=None, flag="--heads"):
     """The options of the network in a file, whatever its kind."""
-    if is_swin(weights):
+    kind = kind_of(weights)
+    if kind == "Swin":
         return swin_options(weights)
-    return (hiera_options if kind_of(weights) == "Hiera" else vit_options)(weights, heads, flag)
+    if kind not in naming.OPTIONS_OF:
+        return (hiera_options if kind == "Hiera" else vit_options)(weights, heads, flag)
+    try:
+        return naming.OPTIONS_OF[kind](weights.state, weights.config)
+    except KeyError as error:
+        refuse(weights.path, f"lacks {error.args[0]}: it is another network, or only a part of a {kind}")
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        refuse(weights.path, f"is not a network that is known here: {error}")
 
 
 def init_mlp_ratio(cfg):
@@ -375,20 +393,28 @@ def fitted(weights, model, say):
     """The file's tensors, with all positions, absolute and relative, resized to the model's grid or windows, and the
     patch projection of RGB made one of the model's channels."""
     state, want = dict(weights.state), model.state_dict()
-    name = "patch_embed.proj.weight"
-    state[name] = naming.projection_for(want[name].shape[1], state[name])
-    if kind_of(weights) == "Hiera":
+    stem, kind = naming.stem_of(want), kind_of(weights)
+    if stem in state:
+        state[stem] = naming.projection_for(want[stem].shape[1], state[stem])
+    if kind == "Hiera":
         for line in naming.fit_hiera(state, hiera_options(weights, heads=1)["img_size"], model):
             say(f"{weights.path}: {line}")
         return state
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in state and name in want and state[name].shape[::2] == want[name].shape[::2]:
             state[name] = resize_positions(state[name], grid_of(weights, state[name]), model.grid)
-    if is_swin(weights):
+    if isinstance(model, ViL) and stem in state:
+        if model.config["share"]:                               # files have shared weights under both names
+            state = {k: t for k, t in state.items() if "_global." not in k}
+        options = encoder_options(weights)
+        if options["patch_size"] == model.patch_size:
+            old, new = (model.maps(*size) for size in (options["img_size"], model.config["img_size"]))
+            naming.resize_vil_tables(state, old, new)
+    elif kind == "Swin":
         simmim = weights.config.get("method") == "simmim" or "mask_token" in state          # ours, or the official
         for line in naming.resize_swin_tables(state, want, simmim):
             say(f"{weights.path}: {line}")
-    else:
+    elif kind == "ViT":
         naming.resize_vit_tables(state, grid_of(weights, weights.state["pos_embed"]), model.grid)
     return state
 
@@ -402,12 +428,15 @@ def load_into(model, weights, say=print):
     """
     want, path = model.state_dict(), weights.path
     stored, heads = weights.config.get("heads"), model.config["heads"]
-    if isinstance(stored, Integral) and stored != heads:             # a Swin's are seen in its tensors
+    if isinstance(model, CvT) and stored and tuple(stored) != heads:
+        refuse(path, f"was trained with {tuple(stored)} heads and the network here has {heads}: its tensors would fit "
+                     "and mean something else")
+    if isinstance(stored, Integral) and stored != heads:             # those of others are seen in their tensors
         refuse(path, f"was trained with {stored} heads and the network here has {heads}: its tensors would fit and "
                      f"mean something else; use --heads {stored}")
     state = fitted(weights, model, say)
     # These follow from the grid and are not learned.
-    state = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask"))}
+    state = {k: v for k, v in state.items() if not k.endswith(("relative_position_index", "attn_mask", "rel_pos_idx"))}
     # A head of another shape is another task's, or a projector, which MoCo v3 calls head: not wanted here.
     wrong = [k for k in want if k in state and state[k].shape != want[k].shape and not k.startswith("head.")]
     if wrong:
@@ -419,8 +448,9 @@ def load_into(model, weights, say=print):
             refuse(path, f"holds {k} as {matched[k].dtype}, and floating-point numbers were expected")
     missing = [k for k in want if k not in matched and not k.endswith("relative_position_index")]
     unused = [k for k in state if k not in matched]
-    channels, (_, stored, *_) = model.config["in_chans"], weights.state["patch_embed.proj.weight"].shape
-    rgb = f", patch_embed.proj.weight made from that of RGB for --in-chans {channels}" if stored != channels else ""
+    stem = naming.stem_of(weights.state)
+    channels, stored = model.config["in_chans"], weights.state[stem].shape[1]
+    rgb = f", {stem} made from that of RGB for --in-chans {channels}" if stored != channels else ""
     say(f"{path}: {len(matched)} tensors matched{rgb}; missing, so fresh: "
         f"{', '.join(missing) or 'none'}; not expected: {summary(unused)}")
     # What other blocks have, a block may not start afresh.
@@ -442,7 +472,7 @@ def load_into(model, weights, say=print):
 
 def load_encoder(path, heads=None, say=print, **options):
     """The encoder in a file, with its weights, in eval mode. options of the network (pool, num_classes, img_size, ...)
-    win over the file's; a Swin and a Hiera have one pool, so that option is ignored there."""
+    win over the file's; a network of several stages has one pool, so that option is ignored there."""
     weights = read(path)
     found = encoder_options(weights, heads)
     if kind_of(weights) == "ViT":
@@ -466,10 +496,10 @@ def load_classifier(weights, heads=None, flag="--heads", **options):
         found.update(pool="avg" if "fc_norm.weight" in state else "cls", positions="learned",
                      resize_offset=config.get("resize_offset") or 0.0)
     # A head of another width reads more than this network's feature: several blocks, or what a projector projects.
-    stages = found.get("depths") or found.get("stages") or "1"
-    width, name = found["dim"] * 2 ** (len(stages) - 1), "head.projection" if kind == "Hiera" else "head"
+    name = "head.projection" if kind == "Hiera" else "head"
     head = state.get(f"{name}.weight") if f"{name}.bias" in state else None
-    found["num_classes"] = len(head) if head is not None and head.shape[1:] == (width,) else 0
+    fits = head is not None and head.shape[1:] == (naming.width_of(found),)
+    found["num_classes"] = len(head) if fits else 0
     try:
         found.update(options)
         model = TwoHeads(**found) if "head_dist.weight" in state and kind == "ViT" else naming.build(found)
