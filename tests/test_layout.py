@@ -38,7 +38,7 @@ ANYTHING = {"tools/bench.py"}                                   # it compares th
 
 # Lines of a file or folder at most. A number is raised in a commit of its own that says what a reader gets for it.
 BUDGET = {"mae.py": 300, "moco_v3.py": 290, "esvit.py": 407, "distill.py": 480, "finetune.py": 375, "probe.py": 400,
-          "vit.py": 436, "data.py": 230, "README.md": 325, "runtime": 1395, "images": 2080, "weights": 1501,
+          "vit.py": 436, "data.py": 230, "README.md": 335, "runtime": 1395, "images": 2080, "weights": 1501,
           "tools": 2079}
 EACH = {"more": 300, "dense": 300, "nets": 300, "docs/paste.md": 60}
 COMMENTED = ("vit.py", "mae.py", "moco_v3.py", "esvit.py", "distill.py")       # comments per line of code: 0.2 or more
