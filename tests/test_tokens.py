@@ -462,6 +462,7 @@ def test_killed_and_resumed_is_bitwise_the_same(classes, files, tmp_path, world)
         assert "is not the file that this run began with" in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_the_teacher_is_compiled_with_the_student(files):
     """Compiled, the same loss and the same gradients."""
     torch.manual_seed(0)
